@@ -1,1 +1,1 @@
-
+"""The `edge` command: one module per subcommand."""

@@ -1,1 +1,3 @@
+"""Bundle to tokens."""
 
+__version__ = "0.1.0"

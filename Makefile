@@ -1,0 +1,61 @@
+# Needs python3 (3.10 to 3.13) with its venv module, and make. Everything else is installed into .venv as wheels.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+OUT      ?= out
+# The release that the tests run with. Named in the same pip command as the rest, so that no other build is pulled in first.
+# The default index may answer with a CUDA build of several gigabytes; for a CPU-only one:
+#   make demo TORCH=torch==2.13.0+cpu PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On a Jetson name the wheel of your JetPack, and let the environment see TensorRT:
+#   make demo TORCH=/path/to/torch.whl VENV_ARGS=--system-site-packages
+TORCH    ?= torch==2.13.0
+PIP_ARGS ?=
+VENV_ARGS ?=
+PROMPT   ?= The capital of France is
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## create .venv with the edge command
+
+# Stamps are younger than pyproject.toml once installed, so that a second call does nothing.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "make: needs Python 3.10 to 3.13 with its venv module, found $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "      Debian, Ubuntu: apt-get install python3-venv; or name another one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[onnxruntime,demo]"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.installed ## export a small mixture of experts and let it speak through the streamed cache
+	$(BIN)/python -m demo.build --out $(OUT)/demo-checkpoint
+	@# A whole bundle of an earlier call is kept; export itself resumes an interrupted one.
+	test -f $(OUT)/demo.bundle/manifest.json || $(BIN)/edge export $(OUT)/demo-checkpoint $(OUT)/demo.bundle
+	$(BIN)/edge generate $(OUT)/demo.bundle --prompt "$(PROMPT)" --max-new-tokens 64
+
+test: $(VENV)/.installed-test ## all tests (a GPU is used where there is one)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-test ## the tests that take under ten seconds each
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## read rate, decode speed and their ceilings on this machine
+	$(BIN)/python -m bench --out $(OUT)/bench
+
+clean: ## remove what was built; the environment stays (rm -r .venv removes it)
+	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
