@@ -1,0 +1,251 @@
+"""The expert cache: a fixed number of slots, filled by the loader, emptied by a policy.
+
+    resident + in flight + free = slots, always
+
+`ExpertCache.fetch` hands out residents first, so that they are computed while the misses are read. Every expert of a
+request is pinned from the moment it is asked for until the caller comes back for the next one.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from runtime.arena import Arena
+from runtime.errors import ReadError
+from runtime.loader import Load, Loader
+from runtime.policies import Policy, make_policy
+
+Key = tuple[int, int]  # layer, expert
+Scope = Literal["layer", "shared"]
+
+
+@dataclass
+class CacheStats:
+    """What happened since the last `take_stats`, per layer where it is a list (index = position in moe_layers)."""
+
+    hits: list[int]
+    misses: list[int]
+    evictions: int = 0
+    bytes: int = 0  # read, padding included
+    read_ns: int = 0  # summed over blobs: first chunk begun to last chunk checked
+    queue_ns: int = 0  # summed over blobs: asked for to first chunk begun
+    wait_ns: int = 0  # the decoder had nothing to compute
+
+
+class Pool:
+    """Slots under one policy: those of one layer, or all of them."""
+
+    def __init__(self, slots: Sequence[int], policy: Policy) -> None:
+        self.capacity = len(slots)
+        self.resident: dict[Key, int] = {}
+        self.in_flight: dict[Key, int] = {}
+        self.pinned: set[Key] = set()
+        self._free = list(reversed(slots))
+        self._policy = policy
+
+    def pin(self, key: Key) -> int:
+        """Keep a resident, count the use, and give its slot."""
+        self.pinned.add(key)
+        self._policy.touch(key)
+        return self.resident[key]
+
+    def unpin(self, key: Key) -> None:
+        self.pinned.discard(key)
+
+    def take(self, key: Key) -> tuple[int, int] | None:
+        """A slot for a key that is to be read, pinned, and how many were evicted; None when every slot is pinned."""
+        evicted = 0
+        if not self._free:
+            if not self._evict():
+                return None
+            evicted = 1
+        slot = self._free.pop()
+        self.in_flight[key] = slot
+        self.pinned.add(key)
+        self._policy.insert(key)
+        return slot, evicted
+
+    def publish(self, key: Key) -> int:
+        """The key's bytes have landed and are right."""
+        slot = self.in_flight.pop(key)
+        self.resident[key] = slot
+        return slot
+
+    def drop(self, key: Key) -> None:
+        """The key's bytes did not come."""
+        self._free.append(self.in_flight.pop(key))
+        self.pinned.discard(key)
+        self._policy.remove(key)
+
+    def clear(self) -> None:
+        """Forget every resident."""
+        for key in [k for k in self.resident if k not in self.pinned]:
+            self._remove(key)
+
+    def check_integrity(self) -> None:
+        """The equation of the cache, and no slot in two places."""
+        used = [*self.resident.values(), *self.in_flight.values(), *self._free]
+        assert len(used) == self.capacity == len(set(used)), "resident + in flight + free != slots"
+        assert self.pinned <= self.resident.keys() | self.in_flight.keys(), "a key is pinned but not here"
+
+    def _evict(self) -> bool:
+        """The one door out."""
+        victim = self._policy.victim(self.pinned)
+        if victim is None:
+            return False
+        self._remove(victim)  # type: ignore[arg-type]
+        return True
+
+    def _remove(self, key: Key) -> None:
+        self._policy.remove(key)
+        self._free.append(self.resident.pop(key))
+
+
+class ExpertCache:
+    """Slots of an arena over the MoE layers of a model."""
+
+    def __init__(self, moe_layers: Sequence[int], arena: Arena, loader: Loader, policy: str, scope: Scope) -> None:
+        self._arena = arena
+        self._loader = loader
+        self._position = {layer: i for i, layer in enumerate(moe_layers)}
+        if scope == "shared":
+            shared = Pool(range(arena.slots), make_policy(policy))
+            self._pools = dict.fromkeys(moe_layers, shared)
+        else:
+            per_layer = arena.slots // len(moe_layers)
+            self._pools = {
+                layer: Pool(range(i * per_layer, (i + 1) * per_layer), make_policy(policy))
+                for i, layer in enumerate(moe_layers)
+            }
+        self._stats = self._fresh_stats()
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Request:
+        """Ask for distinct experts of one layer; reads begin at once. Use as a context manager and iterate.
+
+        Iterating yields (expert, its fp16 values), residents first, then each miss as it lands; the tensor may be used
+        until the next one is asked for. Raises ReadError when a blob cannot be read; the cache stays whole.
+        """
+        return Request(
+            self._pools[layer], self._arena, self._loader, self._stats, self._position[layer], layer, experts
+        )
+
+    def take_stats(self) -> CacheStats:
+        """What happened since the last call."""
+        stats, self._stats = self._stats, self._fresh_stats()
+        return stats
+
+    def clear(self) -> None:
+        """Empty the cache: the next request is a cold one."""
+        for pool in set(self._pools.values()):
+            pool.clear()
+
+    def residents(self, layer: int) -> set[int]:
+        """Experts of a layer that are in the cache now."""
+        return {expert for at, expert in self._pools[layer].resident if at == layer}
+
+    def check_integrity(self) -> None:
+        """Check the equation in every pool; for tests and after faults."""
+        for pool in set(self._pools.values()):
+            pool.check_integrity()
+
+    def _fresh_stats(self) -> CacheStats:
+        return CacheStats(hits=[0] * len(self._position), misses=[0] * len(self._position))
+
+
+@dataclass(eq=False)
+class Request:
+    """Experts of one layer on their way to the caller; made by ExpertCache.fetch."""
+
+    pool: Pool
+    arena: Arena
+    loader: Loader
+    stats: CacheStats
+    position: int
+    layer: int
+    experts: Sequence[int]
+    _ready: deque[tuple[int, int]] = field(default_factory=deque)
+    _waiting: deque[int] = field(default_factory=deque)
+    _outstanding: int = 0
+    _done: queue.SimpleQueue[Load] = field(default_factory=queue.SimpleQueue)
+
+    def __enter__(self) -> Request:
+        for expert in self.experts:
+            key = (self.layer, expert)
+            if key in self.pool.resident:
+                self._ready.append((expert, self.pool.pin(key)))
+            else:
+                self._waiting.append(expert)
+        self.stats.hits[self.position] += len(self._ready)
+        self.stats.misses[self.position] += len(self._waiting)
+        try:
+            self._issue()
+        except ReadError:
+            self.__exit__()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        while self._ready:
+            expert, slot = self._ready.popleft()
+            yield expert, self.arena.tensors[slot]
+            self._release(expert)
+        while self._outstanding:
+            expert, slot = self._land()
+            yield expert, self.arena.tensors[slot]
+            self._release(expert)
+        assert not self._waiting, "a request ran out of slots with nothing pinned"
+
+    def __exit__(self, *_: object) -> None:
+        """Unpin everything; reads that nobody waits for any more are let land, so that no slot is lost."""
+        while self._outstanding and not self.loader.dead:
+            try:
+                self._land()
+            except ReadError:  # the caller has its own error by now; the slot is free again
+                continue
+        for expert in self.experts:
+            if (self.layer, expert) in self.pool.resident:
+                self.pool.unpin((self.layer, expert))
+
+    def _issue(self) -> None:
+        """Start as many of the waiting reads as there are slots for."""
+        while self._waiting:
+            key = (self.layer, self._waiting[0])
+            taken = self.pool.take(key)
+            if taken is None:
+                return
+            slot, evicted = taken
+            self.stats.evictions += evicted
+            self._waiting.popleft()
+            try:
+                self.loader.submit(*key, self.arena.views[slot], self._done)
+            except ReadError:
+                self.pool.drop(key)
+                raise
+            self._outstanding += 1
+
+    def _release(self, expert: int) -> None:
+        """The caller is done with an expert: its slot may go to the next read."""
+        self.pool.unpin((self.layer, expert))
+        self._issue()
+
+    def _land(self) -> tuple[int, int]:
+        """Wait for the next read to end and publish it. Raises ReadError, after freeing the slot, when it failed."""
+        begin = time.monotonic_ns()
+        load = self.loader.wait(self._done)
+        stats, key = self.stats, (self.layer, load.expert)
+        stats.wait_ns += time.monotonic_ns() - begin
+        stats.read_ns += load.finished_ns - load.started_ns
+        stats.queue_ns += load.started_ns - load.submitted_ns
+        stats.bytes += len(load.view)
+        self._outstanding -= 1
+        if load.error:
+            self.pool.drop(key)
+            raise load.error
+        return load.expert, self.pool.publish(key)

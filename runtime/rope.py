@@ -1,0 +1,58 @@
+"""Rotary position embedding tables (arXiv 2104.09864), with linear scaling and YaRN (arXiv 2309.00071)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from runtime.config import RopeConfig
+
+
+class RopeTable:
+    """cos and sin of every position of the context, computed once: two fp32 tables [capacity, dim]."""
+
+    def __init__(self, config: RopeConfig, capacity: int) -> None:
+        angles = torch.outer(torch.arange(capacity, dtype=torch.float32), inverse_frequencies(config))
+        angles = torch.cat([angles, angles], dim=-1)
+        self._cos = angles.cos() * config.attention_factor
+        self._sin = angles.sin() * config.attention_factor
+
+    def rows(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [count, dim] fp32 for positions start ... start + count - 1."""
+        return self._cos[start : start + count], self._sin[start : start + count]
+
+
+def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
+    """Angle per position of each of the dim / 2 pairs, fp32."""
+    exponents = torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim
+    plain = 1.0 / config.theta**exponents
+    if config.kind == "default":
+        return plain
+    if config.kind == "linear":
+        return plain / config.factor
+    ramp = _yarn_ramp(config)
+    return plain / config.factor * ramp + plain * (1.0 - ramp)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x [S, heads, dim] by cos / sin [S, dim], in the dtype of x, rotate-half convention."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _yarn_ramp(config: RopeConfig) -> torch.Tensor:
+    """0 for pairs that turn often within the original context (kept), 1 for those that do not (interpolated)."""
+    original = config.original_context
+    assert original is not None, "a yarn config has its original context"
+
+    def pair_with(rotations: float) -> float:
+        return config.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = pair_with(config.beta_fast), pair_with(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.dim - 1)
+    pairs = torch.arange(config.dim // 2, dtype=torch.float32)
+    return ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)

@@ -1,0 +1,80 @@
+"""The router: gate logits to top-k experts and their weights.
+
+    logits = W h                       fp32, whatever the compute dtype: margins at the top-k boundary are tiny
+    scores = softmax(logits) or sigmoid(logits)
+    choice = scores (+ choice_bias), experts outside the best groups left out
+    experts = the top k of choice, largest first
+    weights = scores of those experts (/ their sum) * scale
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from runtime.bundle import Bundle
+from runtime.config import ModelConfig, RouterConfig
+from runtime.dense import load_tensors, view_tensors
+from runtime.errors import BundleError, UsageError
+from runtime.layout import router_tensors
+from runtime.storage import read_file
+
+
+class Router:
+    """Gate weights of every MoE layer: layer_NN.weight [E, H] fp32 and, where the family has it, choice_bias [E]."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        self._config: RouterConfig = config.router
+        self._weights = {n: tensors[f"layer_{n:02d}.weight"].to(device) for n in config.moe_layers}
+        self._biases = {
+            n: tensors[f"layer_{n:02d}.choice_bias"].to(device) for n in config.moe_layers if config.router.choice_bias
+        }
+
+    @classmethod
+    def load(cls, bundle: Bundle, name: str, device: torch.device) -> Router:
+        """By the name of a router in the bundle, or the path of a router file for the same model.
+
+        Raises UsageError when there is neither, BundleError when the file is not a router of this model.
+        """
+        shapes = router_tensors(bundle.config)
+        if name in bundle.routers():
+            return cls(bundle.config, load_tensors(bundle, f"routers/{name}.safetensors", shapes), device)
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no router {name!r} (in the bundle: {', '.join(bundle.routers())}; or give a file)")
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            data = read_file(directory, path.name, path.stat().st_size)
+            return cls(bundle.config, view_tensors(data, str(path), shapes), device)
+        except BundleError as error:
+            raise BundleError(f"{error}; {path} is not a router of {bundle.manifest.source.name}") from None
+        finally:
+            os.close(directory)
+
+    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""
+        config = self._config
+        logits = torch.nn.functional.linear(h.float(), self._weights[layer])
+        scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+        choice = scores + self._biases[layer] if config.choice_bias else scores
+        if config.num_groups > 1:
+            choice = self._limit_groups(choice)
+        experts = choice.topk(config.top_k).indices
+        weights = scores.gather(-1, experts)
+        if config.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return experts, weights * config.scale if config.scale != 1.0 else weights
+
+    def _limit_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        """Leave out the experts of all but the best groups (DeepSeek's node-limited routing)."""
+        config = self._config
+        grouped = choice.unflatten(-1, (config.num_groups, -1))
+        if config.group_score == "max":
+            group_scores = grouped.amax(-1)
+        else:
+            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        best = group_scores.topk(config.top_groups, dim=-1).indices
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
+        return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
