@@ -1,0 +1,154 @@
+"""The `edge` command: find the subcommand, run it, turn what went wrong into one message and an exit code.
+
+A subcommand is a module edge/NAME.py with `NAME`, `HELP` (one line), `EXAMPLES` (runnable lines),
+`add_arguments(parser)` and `run(args) -> int`. It is imported only when it is chosen: `edge --help` answers at once.
+
+Exit codes: 0 done, 1 something failed, 2 the request cannot be carried out as it stands, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn, Protocol, cast
+
+from edge import console
+from runtime import __version__
+from runtime.errors import EdgeError, UsageError
+
+COMMANDS = {
+    "export": "turn a Hugging Face checkpoint into a bundle",
+    "inspect": "show what a bundle contains and what it needs",
+    "verify": "check every file of a bundle",
+    "doctor": "check this machine: memory, disk, back-ends",
+    "generate": "stream text from a bundle",
+    "chat": "talk to a bundle",
+}
+INTERRUPTED = 130
+_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+_EXAMPLES = """\
+  edge doctor                                        is this machine fit?
+  edge export ./Qwen1.5-MoE-A2.7B qwen.bundle        checkpoint to bundle
+  edge generate qwen.bundle --prompt "Hello" --expert-memory 4GiB
+  edge chat qwen.bundle"""
+_DESCRIPTION = "Mixture-of-experts inference on small devices: experts stream from disk through a cache of fixed size."
+
+
+class Command(Protocol):
+    """What a subcommand module offers."""
+
+    NAME: str
+    HELP: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UsageErrors, like all others, and whose help opens with runnable examples."""
+
+    examples = ""
+
+    def format_help(self) -> str:
+        return f"examples:\n{self.examples}\n\n{super().format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n  run: {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `edge` with `argv` (default: the process's arguments) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except EdgeError as error:
+        if debug:
+            traceback.print_exc()
+        console.error(str(error))
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.error(_unexpected(error, debug))
+        return 1
+
+
+def main_entry() -> NoReturn:
+    """The installed command."""
+    sys.exit(main())
+
+
+def _dispatch(words: list[str]) -> int:
+    parser = _top_parser()
+    # Everything after the subcommand's name belongs to it: the two parsers never see each other's options.
+    at = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    try:
+        parser.parse_args(words[:at])
+        if at == len(words):
+            parser.print_help()
+            return 2 if not words else 0
+        return _run_command(words[at], words[at + 1 :])
+    except SystemExit as done:  # --help and --version
+        return done.code if isinstance(done.code, int) else 0
+
+
+def _run_command(name: str, words: list[str]) -> int:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        guess = f", did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown command {name!r}{guess} (known: {', '.join(COMMANDS)})\n  run: edge --help")
+    command = cast(Command, importlib.import_module(f"edge.{name}"))
+    parser = Parser(
+        prog=f"edge {name}",
+        description=command.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.examples = _indented(command.EXAMPLES)
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command.run(parser.parse_args(words))
+
+
+def _top_parser() -> Parser:
+    commands = "\n".join(f"  {name:10} {line}" for name, line in COMMANDS.items())
+    parser = Parser(
+        prog="edge",
+        usage="edge COMMAND ...",
+        description=_DESCRIPTION,
+        epilog=f"commands:\n{commands}\n\nrun 'edge COMMAND --help' for the options of one",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.examples = _EXAMPLES
+    parser.add_argument("--version", action="version", version=f"remoe-edge {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _indented(examples: str) -> str:
+    return "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+
+
+def _unexpected(error: Exception, debug: bool) -> str:
+    hint = "" if debug else "\n  run again with --debug to see where"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "") + hint
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"unexpected {text}{hint}"
