@@ -72,7 +72,7 @@ def block(g: Graph, config: ModelConfig, layer: int) -> None:
 
 
 def mlp(g: Graph, config: ModelConfig, layer: int) -> None:
-    """h -> out, both [S, H]: shared experts (times sigmoid(w . h) where gated), or the MLP of a layer without experts."""
+    """h -> out, both [S, H]: shared experts (times sigmoid(w . h) where gated), or the MLP of a layer without any."""
     file, hidden, inner = layer_file(layer), config.hidden_size, config.mlp_size(layer)
     h = g.input("h", g.compute, ["S", hidden])
     both = linear(g, h, file, "mlp.gate_up", (2 * inner, hidden))
