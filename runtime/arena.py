@@ -31,6 +31,4 @@ class Arena:
         self.size_bytes = size
         self.slots = slots
         self.views = [view[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)]
-        self.tensors = [
-            whole[i * slot_bytes // 2 : i * slot_bytes // 2 + value_bytes // 2] for i in range(slots)
-        ]
+        self.tensors = [whole[i * slot_bytes // 2 : i * slot_bytes // 2 + value_bytes // 2] for i in range(slots)]

@@ -80,9 +80,7 @@ class Bundle:
 
 def _read_manifest(path: Path, directory: int) -> bytes:
     try:
-        descriptor = os.open(
-            MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory
-        )
+        descriptor = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         raise BundleError(
             f"{path}: no {MANIFEST} ({error.strerror}): not a bundle, or an export that did not finish; "

@@ -8,6 +8,7 @@ read once more, and then reported.
 from __future__ import annotations
 
 import errno
+import itertools
 import queue
 import threading
 import time
@@ -188,4 +189,4 @@ def _cut(blob_bytes: int) -> list[tuple[int, int]]:
     pages = -(-blob_bytes // PAGE_BYTES)
     count = -(-blob_bytes // CHUNK_BYTES)
     edges = [min(blob_bytes, PAGE_BYTES * (pages * i // count)) for i in range(count)] + [blob_bytes]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

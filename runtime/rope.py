@@ -10,17 +10,22 @@ from runtime.config import RopeConfig
 
 
 class RopeTable:
-    """cos and sin of every position of the context, computed once: two fp32 tables [capacity, dim]."""
+    """cos and sin of the positions asked for; the last answer is kept, because every layer of a step asks the same."""
 
-    def __init__(self, config: RopeConfig, capacity: int) -> None:
-        angles = torch.outer(torch.arange(capacity, dtype=torch.float32), inverse_frequencies(config))
-        angles = torch.cat([angles, angles], dim=-1)
-        self._cos = angles.cos() * config.attention_factor
-        self._sin = angles.sin() * config.attention_factor
+    def __init__(self, config: RopeConfig) -> None:
+        self._frequencies = inverse_frequencies(config)
+        self._factor = config.attention_factor
+        self._range = (-1, 0)
+        self._rows = (torch.empty(0), torch.empty(0))
 
     def rows(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [count, dim] fp32 for positions start ... start + count - 1."""
-        return self._cos[start : start + count], self._sin[start : start + count]
+        if self._range != (start, count):
+            angles = torch.outer(torch.arange(start, start + count, dtype=torch.float32), self._frequencies)
+            angles = torch.cat([angles, angles], dim=-1)
+            self._range = (start, count)
+            self._rows = angles.cos() * self._factor, angles.sin() * self._factor
+        return self._rows
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:

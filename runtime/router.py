@@ -1,10 +1,10 @@
 """The router: gate logits to top-k experts and their weights.
 
-    logits = W h                       fp32, whatever the compute dtype: margins at the top-k boundary are tiny
-    scores = softmax(logits) or sigmoid(logits)
-    choice = scores (+ choice_bias), experts outside the best groups left out
-    experts = the top k of choice, largest first
-    weights = scores of those experts (/ their sum) * scale
+logits = W h                       fp32, whatever the compute dtype: margins at the top-k boundary are tiny
+scores = softmax(logits) or sigmoid(logits)
+choice = scores (+ choice_bias), experts outside the best groups left out
+experts = the top k of choice, largest first
+weights = scores of those experts (/ their sum) * scale
 """
 
 from __future__ import annotations

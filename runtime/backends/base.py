@@ -19,7 +19,6 @@ class Backend(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
-    weight_bytes: int  # memory that this back-end holds for the dense weights
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [S] (int64, CPU) to x [S, H] fp32."""

@@ -1,0 +1,89 @@
+"""The torch back-end on the CPU: the definition that the other back-ends are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from runtime.backends.attention import Attention, rms_norm
+from runtime.bundle import Bundle
+from runtime.config import ModelConfig
+from runtime.dense import load_tensors
+from runtime.kv_cache import KVCache
+from runtime.layout import EMBED_FILE, HEAD_FILE, embed_tensors, head_tensors, layer_file, layer_tensors
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+class TorchBackend:
+    """Dense weights in memory in the compute dtype; expert blobs stay fp16 and are converted per use if they must."""
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype) -> None:
+        config = bundle.config
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self._config: ModelConfig = config
+        self._activation = _ACTIVATIONS[config.activation]
+        self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
+        head = self._load(bundle, HEAD_FILE, head_tensors(config))
+        self._norm, self._head = head["norm"], head.get("head", self._embed)
+        self._layers = [self._load(bundle, layer_file(n), layer_tensors(config, n)) for n in range(config.num_layers)]
+        self._attention = Attention(config)
+        inner, hidden = config.expert_intermediate_size, config.hidden_size
+        self._split = 2 * inner * hidden
+        self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
+        same = dtype == torch.float16
+        self._scratch = None if same else torch.empty(3 * inner * hidden, dtype=dtype)
+
+    @staticmethod
+    def weight_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
+        """Memory for the dense weights in `dtype`, bytes."""
+        files = bundle.manifest.files
+        stored = sum(e.bytes for name, e in files.items() if name.startswith("dense/") and name.endswith("tensors"))
+        return stored * dtype.itemsize // 2
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._embed[token_ids].float() * self._config.embed_scale
+
+    def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, config = self._layers[layer], self._config
+        normed = rms_norm(x, weights["attn_norm"], config.norm_eps).to(self.dtype)
+        attended = self._attention(weights, layer, normed, cache)
+        x = torch.add(x, attended, alpha=config.residual_scale)
+        return x, rms_norm(x, weights["ffn_norm"], config.norm_eps).to(self.dtype)
+
+    def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        weights = self._layers[layer]
+        out = self._gated(h, weights["mlp.gate_up"], weights["mlp.down"])
+        if "mlp.router" in weights:
+            out = out * functional.linear(h, weights["mlp.router"]).sigmoid()
+        return out
+
+    def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        if self._scratch is not None:
+            slot = self._scratch.copy_(slot)
+        return self._gated(h, slot[: self._split].view(self._gate_up_shape), slot[self._split :].view(self._down_shape))
+
+    def run_head(self, x: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(x, self._norm, self._config.norm_eps).to(self.dtype)
+        return functional.linear(normed, self._head).float() * self._config.logits_scale
+
+    def synchronise(self) -> None:
+        """Nothing to wait for: CPU calls return when they are done."""
+
+    def _load(self, bundle: Bundle, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        return {tensor: values.to(self.dtype) for tensor, values in load_tensors(bundle, name, shapes).items()}
+
+    def _gated(self, h: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        gate, up = functional.linear(h, gate_up).chunk(2, dim=-1)
+        return functional.linear(self._activation(gate) * up, down)

@@ -1,0 +1,138 @@
+"""The way of a token: embed, for each layer a block and its experts, head.
+
+Prefill goes layer by layer over a whole chunk of the prompt, so that every needed expert is read once per layer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from runtime.backends.base import Backend
+from runtime.cache import ExpertCache
+from runtime.config import ModelConfig
+from runtime.kv_cache import KVCache
+from runtime.router import Router
+
+BLOCK_TOKENS = 512  # tokens that a dense block takes at once (the prefill profile of a TensorRT engine)
+CHUNK_BYTES = 64 << 20  # experts' outputs of one layer that prefill may hold
+
+
+@dataclass
+class Timing:
+    """Where the time of a step went, ns. `expert` includes waiting for reads, which the cache counts."""
+
+    dense: int = 0
+    routing: int = 0
+    expert: int = 0
+
+
+class Decoder:
+    """One sequence through a model: tokens in, logits out."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, router: Router, cache: ExpertCache, kv_cache: KVCache
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._router = router
+        self._cache = cache
+        self._kv_cache = kv_cache
+        self._moe_layers = frozenset(config.moe_layers)
+        self.timing = Timing()
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The next S tokens [S] int64; returns the logits [V] fp32 after the last of them.
+
+        Raises ReadError when an expert cannot be read; `reset` makes the decoder usable again.
+        """
+        size = prefill_chunk(self._config, self._backend.dtype)
+        for chunk in token_ids.split(size):
+            x = self._forward_chunk(chunk)
+        begin = time.monotonic_ns()
+        logits = self._backend.run_head(x[-1:])[0]
+        self.timing.dense += time.monotonic_ns() - begin
+        return logits
+
+    def forward_all(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Like `forward`, but the logits [S, V] after every token: for tests and perplexity."""
+        size = prefill_chunk(self._config, self._backend.dtype)
+        return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in token_ids.split(size)])
+
+    def reset(self) -> None:
+        """Forget the sequence; the expert cache stays warm."""
+        self._kv_cache.clear()
+
+    def _forward_chunk(self, token_ids: torch.Tensor) -> torch.Tensor:
+        x = self._backend.embed(token_ids)
+        for layer in range(self._config.num_layers):
+            x = self._layer(layer, x)
+        self._kv_cache.advance(len(token_ids))
+        return x
+
+    def _layer(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        begin = time.monotonic_ns()
+        x, h = self._block(layer, x)
+        self.timing.dense += time.monotonic_ns() - begin
+        added = self._experts(layer, h) if layer in self._moe_layers else self._mlp(layer, h)
+        return torch.add(x, added, alpha=self._config.residual_scale)
+
+    def _block(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(x) <= BLOCK_TOKENS:
+            return self._backend.run_block(layer, x, self._kv_cache)
+        start, parts = self._kv_cache.length, []
+        for piece in x.split(BLOCK_TOKENS):
+            parts.append(self._backend.run_block(layer, piece, self._kv_cache))
+            self._kv_cache.advance(len(piece))
+        self._kv_cache.length = start  # the next layer writes the same rows
+        outputs, inputs = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.cat(inputs)
+
+    def _mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        begin = time.monotonic_ns()
+        out = self._backend.run_mlp(layer, h)
+        self.timing.dense += time.monotonic_ns() - begin
+        return out
+
+    def _experts(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """Shared and routed experts: h [S, H] to [S, H] fp32.
+
+        Reads start before the shared experts are computed. Outputs are kept per place in the router's order and summed
+        in that order, so the result does not depend on what was in the cache.
+        """
+        begin = time.monotonic_ns()
+        chosen, weights = self._router.route(layer, h)
+        places = _places(chosen)
+        self.timing.routing += time.monotonic_ns() - begin
+        outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=h.dtype)
+        with self._cache.fetch(layer, list(places)) as request:
+            shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
+            begin = time.monotonic_ns()
+            for expert, slot in request:
+                rows, ranks = places[expert]
+                outputs[rows, ranks] = self._backend.run_expert(h[rows], slot)
+        mixed = (outputs.float() * weights[..., None]).sum(dim=1)
+        if shared is not None:
+            mixed += shared
+        self.timing.expert += time.monotonic_ns() - begin
+        return mixed
+
+
+def prefill_chunk(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens that prefill takes at once: as many as CHUNK_BYTES of experts' outputs allow."""
+    return max(BLOCK_TOKENS, CHUNK_BYTES // (config.router.top_k * config.hidden_size * dtype.itemsize))
+
+
+def _places(chosen: torch.Tensor) -> dict[int, tuple[torch.Tensor | slice, torch.Tensor | int]]:
+    """Which rows and ranks of `chosen` [S, K] name each expert.
+
+    Experts come in the order in which a cache should see them: for one token the router's, for a prompt by last use,
+    so that an LRU cache ends up with those of the newest tokens.
+    """
+    if len(chosen) == 1:
+        return {expert: (slice(0, 1), rank) for rank, expert in enumerate(chosen[0].tolist())}
+    last_use = {expert: row for row, experts in enumerate(chosen.tolist()) for expert in reversed(experts)}
+    order = sorted(last_use, key=last_use.__getitem__)
+    return {expert: torch.where(chosen == expert) for expert in order}  # type: ignore[misc]

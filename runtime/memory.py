@@ -1,0 +1,84 @@
+"""How much memory a run takes, and how much there is: the sum is made before anything large is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from runtime.errors import BudgetError
+
+OVERHEAD_BYTES = 300_000_000  # Python, torch and the activations: bench/memory_limit.py
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will hold, bytes. `loading_bytes` is transient: the stored form of the file being converted."""
+
+    expert_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    loading_bytes: int = 0
+    overhead_bytes: int = OVERHEAD_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: the arena and the KV cache are allocated after the weights have been loaded."""
+        held = self.dense_bytes + max(self.loading_bytes, self.expert_bytes + self.kv_bytes)
+        return held + self.overhead_bytes
+
+    def sum_in_words(self) -> str:
+        """The sum, spelled out in MB."""
+        parts = {
+            "experts": self.expert_bytes,
+            "dense weights": self.dense_bytes,
+            "KV cache": self.kv_bytes,
+            "overhead": self.overhead_bytes,
+        }
+        words = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+        return f"{words} = {self.total_bytes / 1e6:.0f} MB"
+
+    def check(self, limit_bytes: int, limit_name: str) -> None:
+        """Raises BudgetError, with the sum, when it exceeds the limit."""
+        if self.total_bytes > limit_bytes:
+            raise BudgetError(
+                f"this run needs {self.sum_in_words()}, but {limit_name} leaves {limit_bytes / 1e6:.0f} MB: "
+                "ask for less with --expert-memory, --slots-per-layer or --context"
+            )
+
+
+def limit() -> tuple[int, str]:
+    """Memory that this process may use, itself included, in bytes, and what sets the limit."""
+    process = psutil.Process().memory_info().rss
+    found = [(psutil.virtual_memory().available + process, "the machine's free memory")]
+    found += [(size, f"the memory limit of control group {name}") for name, size in _cgroup_limits()]
+    return min(found)
+
+
+def _cgroup_limits() -> list[tuple[str, int]]:
+    """Limits of the control groups (v1 and v2) that this process is in, from its own group upwards."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        parts = Path(path.lstrip("/")).parts
+        for depth in range(len(parts), -1, -1):
+            size = _read_limit(root.joinpath(*parts[:depth], name))
+            if size < _NO_LIMIT:
+                found.append(("/" + "/".join(parts[:depth]), size))
+    return found
+
+
+def _read_limit(file: Path) -> int:
+    try:
+        text = file.read_text().strip()
+    except OSError:  # the root group has no limit file, and a container may not see its parents
+        return _NO_LIMIT
+    return _NO_LIMIT if text == "max" else int(text)

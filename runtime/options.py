@@ -1,0 +1,75 @@
+"""How a bundle is opened and how text is generated: the options that the command line takes its defaults from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from runtime.backends import BackendName
+from runtime.cache import Scope
+from runtime.errors import UsageError
+from runtime.policies import POLICIES
+from runtime.sampler import SamplingOptions
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a bundle is run. Of `slots_per_layer` and `expert_memory_bytes` at most one is given; with neither, the
+    expert cache takes what fits beside the rest.
+    """
+
+    backend: BackendName = "auto"
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    slots_per_layer: int | None = None
+    expert_memory_bytes: int | None = None
+    scope: Scope = "layer"
+    policy: str = "lru"
+    router: str = "base"
+    context: int | None = None  # tokens of the KV cache; default: the model's, at most DEFAULT_CONTEXT
+    direct_io: bool = True
+    read_threads: int = 4
+    threads: int | None = None  # of the arithmetic; default: the library's own choice
+    record: Path | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for values that cannot be."""
+        known = {"dtype": ["auto", *DTYPES], "scope": ["layer", "shared"], "policy": list(POLICIES)}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r} (known: {', '.join(values)})")
+        if self.slots_per_layer is not None and self.expert_memory_bytes is not None:
+            raise UsageError("--slots-per-layer and --expert-memory say the same thing twice: give one of them")
+        for name in ("slots_per_layer", "expert_memory_bytes", "context", "read_threads", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.removesuffix('_bytes').replace('_', '-')} {value}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How text is generated. `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def sampling(self) -> SamplingOptions:
+        """The part that the sampler needs. Raises UsageError for values that cannot be."""
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
