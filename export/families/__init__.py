@@ -1,1 +1,38 @@
+"""The model families that can be exported, by the model_type of their config.json."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from export.families.base import Family
+from export.families.mixtral import Mixtral
+from export.families.olmoe import Olmoe
+from export.families.qwen2_moe import Qwen2Moe
+from export.families.qwen3_moe import Qwen3Moe
+from runtime.config import ModelConfig
+from runtime.errors import BundleError, CheckpointError
+
+
+def families() -> dict[str, Family]:
+    """Every known family, by model_type."""
+    return {family.model_type: family for family in (Qwen2Moe(), Olmoe(), Qwen3Moe(), Mixtral())}
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The family of a config.json. Raises CheckpointError listing the known ones."""
+    known = families()
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in known:
+        found = repr(model_type) if model_type is not None else "missing"
+        raise CheckpointError(f"config.json: model_type is {found:.80}; known architectures: {', '.join(known)}")
+    return known[model_type]
+
+
+def parse_config(raw: dict[str, Any]) -> ModelConfig:
+    """A config.json in our own words, checked. Raises CheckpointError naming the option or the sizes at fault."""
+    config = family_of(raw).parse(raw)
+    try:
+        config.check()
+    except BundleError as error:
+        raise CheckpointError(f"config.json ({config.family}): {error}") from None
+    return config
