@@ -106,15 +106,13 @@ def softmax(g: Graph, past: str, new: str, mask: str, copies: int, past_rows: st
 
 
 def _heads(g: Graph, config: ModelConfig, file: str, x: str, norm: str, heads: int) -> str:
-    """Projected queries or keys as fp32 [S, heads, D], after their norm and clip (the order of OLMoE)."""
+    """Projected queries or keys as fp32 [S, heads, D]; a norm of the whole projection comes before the clip (OLMoE)."""
     a, eps = config.attention, config.norm_eps
     x = g.cast(x, FP32)
     if a.qk_norm == "full":
         x = rms_norm(g, x, file, norm, heads * a.head_dim, eps)
-    x = g.op("Reshape", x, g.const([-1, heads, a.head_dim]))
-    if a.qk_norm == "head":
-        x = rms_norm(g, x, file, norm, a.head_dim, eps)
-    return _clipped(g, x, a.clip_qkv, FP32)
+    x = g.op("Reshape", _clipped(g, x, a.clip_qkv, FP32), g.const([-1, heads, a.head_dim]))
+    return rms_norm(g, x, file, norm, a.head_dim, eps) if a.qk_norm == "head" else x
 
 
 def _clipped(g: Graph, x: str, limit: float | None, dtype: int) -> str:
