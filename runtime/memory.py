@@ -24,20 +24,21 @@ class MemoryPlan:
     overhead_bytes: int = OVERHEAD_BYTES
 
     @property
+    def parts(self) -> dict[str, int]:
+        """What is held at the peak, which is at the end of loading or, usually, when everything is allocated."""
+        held = {"dense weights": self.dense_bytes, "overhead": self.overhead_bytes}
+        running = {"experts": self.expert_bytes, "KV cache": self.kv_bytes}
+        loading = {"the file being converted": self.loading_bytes}
+        return {**(running if sum(running.values()) >= self.loading_bytes else loading), **held}
+
+    @property
     def total_bytes(self) -> int:
-        """The peak: the arena and the KV cache are allocated after the weights have been loaded."""
-        held = self.dense_bytes + max(self.loading_bytes, self.expert_bytes + self.kv_bytes)
-        return held + self.overhead_bytes
+        """The peak."""
+        return sum(self.parts.values())
 
     def sum_in_words(self) -> str:
         """The sum, spelled out in MB."""
-        parts = {
-            "experts": self.expert_bytes,
-            "dense weights": self.dense_bytes,
-            "KV cache": self.kv_bytes,
-            "overhead": self.overhead_bytes,
-        }
-        words = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+        words = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in self.parts.items())
         return f"{words} = {self.total_bytes / 1e6:.0f} MB"
 
     def check(self, limit_bytes: int, limit_name: str) -> None:

@@ -1,0 +1,59 @@
+"""Budgets: the arithmetic, spelled out where it refuses. One expert here takes one page of 4096 bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from runtime.budget import Slots, slots_for_budget, slots_per_layer
+from runtime.config import RouterConfig
+from runtime.errors import BudgetError
+from runtime.memory import MemoryPlan, _cgroup_limits, limit
+from tests.unit.test_router import config
+
+CONFIG = dataclasses.replace(
+    config(RouterConfig(8, 3)), num_layers=5, moe_layers=(1, 2, 3, 4), dense_intermediate_size=4
+)
+SLOT = 4096
+
+
+def test_a_budget_is_shared_out_equally() -> None:
+    assert slots_for_budget(CONFIG, SLOT, 4 * 3 * SLOT, "layer") == Slots(12, 3)
+    assert slots_for_budget(CONFIG, SLOT, 4 * 4 * SLOT - 1, "layer") == Slots(12, 3)
+    assert slots_for_budget(CONFIG, SLOT, 1 << 40, "layer") == Slots(32, 8)
+    assert slots_for_budget(CONFIG, SLOT, 13 * SLOT, "shared") == Slots(13, None)
+
+
+def test_too_few_slots_are_refused_with_the_arithmetic() -> None:
+    with pytest.raises(BudgetError, match=r"4 layers x 3 slots x 0.00 MB = 0 MB at least: --expert-memory 1MiB"):
+        slots_for_budget(CONFIG, SLOT, 4 * 3 * SLOT - 1, "layer")
+    with pytest.raises(
+        BudgetError, match=r"11 slots is smaller than one token cycle of 12 experts \(4 layers x top 3\)"
+    ):
+        slots_for_budget(CONFIG, SLOT, 11 * SLOT, "shared")
+    with pytest.raises(BudgetError, match=r"2 slots per layer cannot hold the top 3"):
+        slots_per_layer(CONFIG, SLOT, 2, "layer")
+    assert slots_per_layer(CONFIG, SLOT, 9, "layer") == Slots(32, 8)
+
+
+def test_the_plan_is_a_sum() -> None:
+    plan = MemoryPlan(expert_bytes=1_000_000, dense_bytes=2_000_000, kv_bytes=3_000_000, overhead_bytes=10_000_000)
+    plan.check(16_000_000, "a limit")
+    with pytest.raises(BudgetError, match=r"experts 1 \+ KV cache 3 \+ dense weights 2 \+ overhead 10 = 16 MB.* 15 MB"):
+        plan.check(15_000_000, "a limit")
+
+
+def test_loading_counts_only_where_it_is_the_peak() -> None:
+    """Experts and KV cache are allocated when the weights have been loaded."""
+    plan = MemoryPlan(1_000_000, 2_000_000, 3_000_000, loading_bytes=5_000_000, overhead_bytes=10_000_000)
+    assert plan.total_bytes == 17_000_000
+    assert dataclasses.replace(plan, expert_bytes=2_500_000).total_bytes == 17_500_000
+
+
+def test_there_is_a_limit_and_it_is_the_smallest() -> None:
+    size, name = limit()
+    assert 0 < size < 1 << 50 and name
+    assert all(size <= other for _, other in _cgroup_limits())
+    assert Path("/proc/self/cgroup").exists()
