@@ -1,0 +1,132 @@
+"""What the files of a bundle consist of: bytes at hand, or tensors that are read and converted when their turn comes.
+
+Every content can be asked for any range, so a writer needs one buffer and no content is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from export.checkpoint import Checkpoint
+from export.convert import TORCH_DTYPES, convert
+from export.families.base import Rows
+from export.headers import ITEM_BYTES, TensorInfo
+from runtime.errors import CheckpointError
+
+_BLOCK_VALUES = 1 << 18  # one read and conversion: source, fp32 step and target stay in a core's cache
+_local = threading.local()
+
+
+class Content(Protocol):
+    """The bytes of a file."""
+
+    def fill(self, start: int, target: memoryview) -> None:
+        """Write the bytes from `start` on into `target`, all of it. Raises CheckpointError or EdgeError."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file to write; its xxh3 is seeded with `seed`."""
+
+    path: str
+    bytes: int
+    content: Content
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A small file, made in memory."""
+
+    data: bytes
+
+    def fill(self, start: int, target: memoryview) -> None:
+        """See Content.fill."""
+        target[:] = self.data[start : start + len(target)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` values of a checkpoint tensor from value `first` on, at byte `offset` of the file."""
+
+    offset: int
+    info: TensorInfo
+    first: int
+    count: int
+
+
+class Tensors:
+    """A header, then pieces of tensors converted to `dtype` ("F16" or "F32") without gaps, then zeros."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, header: bytes, rows: Sequence[Rows]) -> None:
+        self._checkpoint, self._header, self._dtype = checkpoint, header, dtype
+        self._item_bytes = ITEM_BYTES[dtype]
+        self._pieces: list[Piece] = []
+        offset = len(header)
+        for run in rows:
+            piece = _piece(checkpoint, run, offset)
+            self._pieces.append(piece)
+            offset += piece.count * self._item_bytes
+        self._starts = [piece.offset for piece in self._pieces]
+        self.end = offset
+
+    def fill(self, start: int, target: memoryview) -> None:
+        """See Content.fill."""
+        end = start + len(target)
+        if start < len(self._header):
+            part = self._header[start:end]
+            target[: len(part)] = part
+        for piece in self._pieces[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
+            if piece.offset >= end:
+                break
+            begin, stop = max(start, piece.offset), min(end, piece.offset + piece.count * self._item_bytes)
+            if begin < stop:
+                self._convert(piece, begin - piece.offset, target[begin - start : stop - start])
+        if end > self.end:
+            zeros = end - max(start, self.end)
+            target[len(target) - zeros :] = bytes(zeros)
+
+    def _convert(self, piece: Piece, begin: int, target: memoryview) -> None:
+        first, count = piece.first + begin // self._item_bytes, len(target) // self._item_bytes
+        for done in range(0, count, _BLOCK_VALUES):
+            size = min(_BLOCK_VALUES, count - done)
+            block = target[done * self._item_bytes : (done + size) * self._item_bytes]
+            self._convert_block(piece.info, first + done, size, block)
+
+    def _convert_block(self, info: TensorInfo, first: int, count: int, target: memoryview) -> None:
+        item_bytes = ITEM_BYTES[info.dtype]
+        raw = _scratch()[: count * item_bytes]
+        self._checkpoint.read_into(info, first * item_bytes, raw)
+        source = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype])
+        result = torch.frombuffer(target, dtype=TORCH_DTYPES[self._dtype])
+        convert(source, result, f"{info.file}: tensor {info.name}, values {first} to {first + count - 1} of it,")
+
+
+def _piece(checkpoint: Checkpoint, rows: Rows, offset: int) -> Piece:
+    info = checkpoint.tensors.get(rows.name)
+    if info is None:
+        raise CheckpointError(f"{checkpoint.path}: tensor {rows.name} is missing: incomplete, or another architecture")
+    where = f"{info.file}: tensor {rows.name}"
+    if info.shape != rows.shape:
+        raise CheckpointError(f"{where} has shape {list(info.shape)}, config.json asks for {list(rows.shape)}")
+    if info.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"{where} has dtype {info.dtype}, not one of {', '.join(TORCH_DTYPES)}: not supported")
+    width = rows.shape[-1] if len(rows.shape) > 1 else 1
+    total = math.prod(rows.shape) // width
+    count = total - rows.first if rows.count is None else rows.count
+    return Piece(offset, info, rows.first * width, count * width)
+
+
+def _scratch() -> memoryview:
+    """This thread's buffer for source values."""
+    if not hasattr(_local, "scratch"):
+        _local.scratch = memoryview(bytearray(_BLOCK_VALUES * 4))
+    return _local.scratch
