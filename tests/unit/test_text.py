@@ -11,7 +11,7 @@ from runtime import chat_template
 from runtime.chat_template import render
 from runtime.errors import BundleError, UsageError
 from runtime.text import Tokenizer
-from tests.unit.tokenizer_samples import byte_level, bundle_files, sentencepiece
+from tests.unit.tokenizer_samples import bundle_files, byte_level, sentencepiece
 
 MESSAGES = [{"role": "user", "content": "the dog"}]
 
@@ -73,8 +73,8 @@ def test_chat_template_equals_transformers() -> None:
     from transformers import PreTrainedTokenizerFast
 
     template = (
-        "{{ bos_token }}{%- for m in messages %}\n    {%- if loop.first and m.role != 'system' %}\nhi\n    {% endif %}\n"
-        "<|im_start|>{{ m['role'] }} {{ m | tojson }} {{ {'a': 'ü<'} | tojson(indent=2) }}{% if loop.index > 5 %}"
+        "{{ bos_token }}{%- for m in messages %}\n    {%- if loop.first and m.role != 'system' %}\nhi\n    {% endif %}"
+        "\n<|im_start|>{{ m['role'] }} {{ m | tojson }} {{ {'a': 'ü<'} | tojson(indent=2) }}{% if loop.index > 5 %}"
         "{% break %}{% endif %}\n{% generation %}{{ m.content | trim }}{% endgeneration %}<|im_end|>\n{% endfor %}"
     )
     reference = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="<|im_end|>")

@@ -31,8 +31,8 @@ def byte_level() -> Tokenizer:
 
 
 @cache
-def sentencepiece() -> Tokenizer:
-    """Llama 2's kind: spaces are letters, unknown characters fall back to byte tokens, one leading space is cut."""
+def sentencepiece(cut_spaces: int = 1) -> Tokenizer:
+    """Llama 2's kind: spaces are letters, unknown characters fall back to byte tokens, a leading space is cut."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", *SPECIAL, *(f"<0x{b:02X}>" for b in range(256))])}
     for token in ["▁", "▁▁", "t", "h", "e", "▁t", "he", "▁the", "a", "b", "▁a", "\n", "o", ".", "ü", "\ufffd"]:
         vocabulary.setdefault(token, len(vocabulary))
@@ -42,7 +42,7 @@ def sentencepiece() -> Tokenizer:
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", cut_spaces, 0)]
     )
     tokenizer.add_special_tokens(SPECIAL)
     begin = ("<s>", tokenizer.token_to_id("<s>"))
@@ -72,7 +72,13 @@ def word_pieces() -> Tokenizer:
     return tokenizer
 
 
-SAMPLES = {"byte-level": byte_level, "sentencepiece": sentencepiece, "metaspace": metaspace, "word-pieces": word_pieces}
+SAMPLES = {
+    "byte-level": byte_level,
+    "sentencepiece": sentencepiece,
+    "two spaces cut": lambda: sentencepiece(2),
+    "metaspace": metaspace,
+    "word-pieces": word_pieces,
+}
 
 
 def bundle_files(tokenizer: Tokenizer, template: str | None = CHATML) -> dict[str, bytes]:

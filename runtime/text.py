@@ -1,0 +1,188 @@
+"""Text to token ids and back: the tokenizer of a bundle, its chat template, and streams of decoded text."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from runtime.chat_template import render
+from runtime.errors import BundleError, UsageError
+from runtime.stream import StreamDecoder
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
+FILES = (TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE, GENERATION_FILE)
+_MAX_FILE_BYTES = 256 << 20
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """The tokenizer of a bundle. Special tokens are recognised in prompts and left out of decoded text."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, special: Mapping[str, str], template: str | None, eos: Sequence[int]
+    ) -> None:
+        self.eos_token_ids = tuple(eos)  # as the checkpoint's generation defaults and tokenizer name them
+        self._tokenizer = tokenizer
+        self._special = dict(special)
+        self._template = template
+        self._silent_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_ids = _byte_ids(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path | int) -> Tokenizer | None:
+        """Read BUNDLE/tokenizer, a path or an open directory; None when it holds no tokenizer.json.
+
+        Links are not followed. Raises BundleError for files that cannot be understood.
+        """
+        directory = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            present = set(os.listdir(directory))
+            return cls.from_files({name: _read(directory, name) for name in FILES if name in present})
+        finally:
+            if directory != folder:
+                os.close(directory)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes | memoryview]) -> Tokenizer | None:
+        """Build from the contents of FILES by name; None without tokenizer.json. Raises BundleError."""
+        if TOKENIZER_FILE not in files:
+            return None
+        tokenizer = _parse_tokenizer(bytes(files[TOKENIZER_FILE]))
+        settings = _parse_object(files, SETTINGS_FILE)
+        special = _special_tokens(_parse_object(files, SPECIAL_FILE) | settings)
+        ends = _as_list(_parse_object(files, GENERATION_FILE).get("eos_token_id"))
+        ends.append(tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None)
+        eos = sorted({i for i in ends if isinstance(i, int) and not isinstance(i, bool)})
+        return cls(tokenizer, special, _template(files, settings), eos)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether apply_chat works."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects around one."""
+        return self._encode(text, add_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens; bytes that are no character become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def apply_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation: messages have "role" (system, user, assistant) and "content".
+
+        Raises UsageError when the bundle has no chat template, or its template refuses the conversation.
+        """
+        if self._template is None:
+            raise UsageError(
+                "this bundle has no chat template, so it cannot hold a conversation\n"
+                "  run: edge generate BUNDLE --prompt TEXT, without --chat"
+            )
+        conversation = {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt}
+        # The template writes every special token itself.
+        return self._encode(render(self._template, conversation | self._special), add_special_tokens=False)
+
+    def stream(self, stop: Sequence[str] = ()) -> StreamDecoder:
+        """A decoder for ids that arrive one by one. A stop string may also name a special token."""
+        known = {text: self._tokenizer.token_to_id(text) for text in stop}
+        stop_ids = {i for i in known.values() if i is not None and i in self._silent_ids}
+        return StreamDecoder(self.decode, stop, self._is_silent, self._byte_ids, stop_ids)
+
+    def _is_silent(self, token_id: int) -> bool:
+        # A vocabulary may be padded beyond the tokenizer; such an id has no text.
+        return token_id in self._silent_ids or self._tokenizer.id_to_token(token_id) is None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt is not valid UTF-8 at character {error.start}: {text[error.start]!r}"
+            ) from None
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _read(directory: int, name: str) -> bytes:
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        raise BundleError(f"tokenizer/{name}: {error.strerror} (links are not followed)") from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE_BYTES:
+            raise BundleError(f"tokenizer/{name}: not a regular file of at most {_MAX_FILE_BYTES} bytes")
+        return file.read()
+
+
+def _parse_tokenizer(data: bytes) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise BundleError(
+            f"tokenizer/{TOKENIZER_FILE}: tokenizers {tokenizers.__version__} cannot read it ({error})\n"
+            "  a newer release may: pip install -U tokenizers"
+        ) from None
+    # Training leftovers that would cut or fill prompts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _parse_object(files: Mapping[str, bytes | memoryview], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(bytes(files[name]))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"tokenizer/{name}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"tokenizer/{name}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Names to texts; a token is written as a string, or as an object with its content."""
+    found = {}
+    for name in _SPECIAL_NAMES:
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _template(files: Mapping[str, bytes | memoryview], settings: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in the settings as one string or a list of named ones."""
+    if TEMPLATE_FILE in files:
+        try:
+            return bytes(files[TEMPLATE_FILE]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"tokenizer/{TEMPLATE_FILE}: not valid UTF-8 ({error})") from None
+    value = settings.get("chat_template")
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _byte_ids(tokenizer: tokenizers.Tokenizer) -> set[int]:
+    """Ids of the tokens <0x00> ... <0xFF>, where the decoder makes bytes of them."""
+    decoder = tokenizer.decoder
+    if decoder is None or decoder.decode(["<0x41>"]) != "A":
+        return set()
+    ids = (tokenizer.token_to_id(f"<0x{value:02X}>") for value in range(256))
+    return {i for i in ids if i is not None}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
