@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from export.checkpoint import Checkpoint
 from export.contents import Bytes, PlannedFile
-from export.families import family_of, parse_config
+from export.families import family_of, read_model
 from export.filesystem import FileSystem
 from export.journal import Identity
 from export.plan import Plan
+from export.settings import ExportOptions
 from export.tokenizer_files import tokenizer_files
-from export.writer import BundleWriter, ProgressEvent
+from export.writer import BundleWriter, ProgressEvent, check_target
 from runtime import __version__
 from runtime.config import ModelConfig
 from runtime.errors import CheckpointError
@@ -29,22 +28,10 @@ GENERATOR = f"remoe-edge {__version__}"
 _COMPARE_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """`graphs`: compute dtypes that get ONNX graphs. `workers`: files converted at once. `force`: replace a bundle that
-    is there, when the new one is complete. `name`: how the manifest calls the source; None: the checkpoint's folder.
-    """
-
-    graphs: tuple[str, ...] = ("fp16", "fp32")
-    workers: int = 4
-    force: bool = False
-    name: str | None = None
-
-
 def export_bundle(
     checkpoint: str | Path,
     out: Path,
-    options: ExportOptions = ExportOptions(),
+    options: ExportOptions | None = None,
     progress: Callable[[ProgressEvent], None] = lambda event: None,
     fs: FileSystem | None = None,
 ) -> Manifest:
@@ -54,6 +41,8 @@ def export_bundle(
     few MiB per worker, whatever the size of the model. Raises CheckpointError for a checkpoint that is damaged or not
     supported, UsageError for a target that cannot be, EdgeError when a disk fails.
     """
+    options = options or ExportOptions()
+    check_target(out, options.force)  # before a download or minutes of planning
     with Checkpoint.open(checkpoint) as source, _one_thread_per_tensor():
         plan, config = _plan(source, options)
         fingerprint = source.fingerprint()
@@ -75,27 +64,17 @@ def export_bundle(
     return manifest
 
 
-def read_model(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
-    """config.json and generation_config.json in our own words. Raises CheckpointError."""
-    config = parse_config(raw)
-    more = generation.get("eos_token_id")
-    ends = more if isinstance(more, list) else [] if more is None else [more]
-    if any(type(token) is not int for token in ends):
-        raise CheckpointError(f"generation_config.json: eos_token_id = {more!r:.80} is no token id, nor a list of them")
-    # Chat checkpoints name the end of a turn only there.
-    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])))
-
-
 def _plan(source: Checkpoint, options: ExportOptions) -> tuple[Plan, ModelConfig]:
-    from export.blocks import build_graphs  # needs the onnx package, which the rest of the exporter does not
-
     config = read_model(source.config, source.generation)
     if config.tied_embeddings:
         _check_tied(source)
     plan = Plan(source, family_of(source.config), config)
-    for dtype in options.graphs:
-        for path, data in build_graphs(config, dtype, plan.locate):
-            plan.add(path, data)
+    if options.graphs:
+        from export.blocks import build_graphs  # needs the onnx package, which the rest of the exporter does not
+
+        for dtype in options.graphs:
+            for path, data in build_graphs(config, dtype, plan.locate):
+                plan.add(path, data)
     for path, data in tokenizer_files(source.path, source.generation).items():
         plan.add(path, data)
     return plan, config

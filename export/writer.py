@@ -46,7 +46,7 @@ class BundleWriter:
 
         Raises UsageError when `out` exists (without `force`), when another export runs or left something else behind.
         """
-        _check_target(out, force)
+        check_target(out, force)
         self.out, self._fs, self._force, self._workers = out, fs, force, workers
         self.work = out.parent / f".{out.name}.partial"
         self.staging = self.work / "bundle"
@@ -231,7 +231,8 @@ class BundleWriter:
             )
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool) -> None:
+    """Refuse an `out` that exists, without `force`, or that is no bundle. Raises UsageError."""
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder; run: mkdir -p '{out.parent}'")
     if not os.path.lexists(out):

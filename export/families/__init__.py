@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from export.families.base import Family
@@ -36,3 +37,14 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     except BundleError as error:
         raise CheckpointError(f"config.json ({config.family}): {error}") from None
     return config
+
+
+def read_model(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
+    """config.json and generation_config.json in our own words. Raises CheckpointError."""
+    config = parse_config(raw)
+    more = generation.get("eos_token_id")
+    ends = more if isinstance(more, list) else [] if more is None else [more]
+    if any(type(token) is not int for token in ends):
+        raise CheckpointError(f"generation_config.json: eos_token_id = {more!r:.80} is no token id, nor a list of them")
+    # Chat checkpoints name the end of a turn only there.
+    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])))

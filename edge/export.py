@@ -1,0 +1,89 @@
+"""`edge export`: a Hugging Face checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from edge import console
+from export.settings import ExportOptions
+from runtime.errors import UsageError
+
+NAME = "export"
+HELP = "turn a Hugging Face checkpoint into a bundle"
+EXAMPLES = """
+edge export ./Qwen1.5-MoE-A2.7B qwen.bundle
+edge export allenai/OLMoE-1B-7B-0924 olmoe.bundle
+edge export ./new-training qwen.bundle --force
+"""
+_GRAPHS = ("fp16", "fp32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `edge export`."""
+    defaults = ExportOptions()
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors, or org/name"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the bundle's directory; must not exist")
+    parser.add_argument(
+        "--graphs",
+        default=",".join(defaults.graphs),
+        help="compute dtypes to write ONNX graphs for: fp16, fp32, both with a comma, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=defaults.workers, help="files converted at once (default: %(default)s)"
+    )
+    parser.add_argument("--name", default=defaults.name, help="how the manifest calls the source (default: its folder)")
+    parser.add_argument("--force", action="store_true", help="replace the bundle OUT, once the new one is complete")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what became of it."""
+    from export.exporter import export_bundle
+    from export.writer import ProgressEvent
+
+    if not 1 <= args.workers <= 64:
+        raise UsageError(f"--workers {args.workers}: expected 1 to 64")
+    options = ExportOptions(_graphs(args.graphs), args.workers, args.force, args.name)
+    started, reused = time.monotonic(), 0
+    with console.Progress(quiet=args.json) as bars:
+
+        def show(event: ProgressEvent) -> None:
+            nonlocal reused
+            reused = event.reused_bytes
+            bars.update("export", event.done_bytes, event.total_bytes)
+
+        # Absolute: the staging directory lies beside OUT, whatever way its name was written.
+        manifest = export_bundle(args.checkpoint, Path(args.out).absolute(), options, show)
+    seconds = time.monotonic() - started
+    size = sum(entry.bytes for entry in manifest.files.values())
+    if reused:
+        console.note(f"resumed an interrupted export: {console.format_bytes(reused)} were already there")
+    if not any(name.startswith("tokenizer/") for name in manifest.files):
+        console.note("the checkpoint has no tokenizer.json: this bundle works on token ids (--prompt-ids)")
+    result = {
+        "bundle": str(args.out),
+        "files": len(manifest.files) + 1,
+        "bytes": size,
+        "reused_bytes": reused,
+        "seconds": round(seconds, 3),
+        "bytes_per_s": round((size - reused) / seconds),
+        "fingerprint": manifest.source.fingerprint,
+    }
+    if args.json:
+        console.print_json(result)
+    else:
+        rate = f"{console.format_bytes((size - reused) / seconds)}/s"
+        print(f"{args.out}: {result['files']} files, {console.format_bytes(size)}, {seconds:.1f} s, {rate}")
+    return 0
+
+
+def _graphs(text: str) -> tuple[str, ...]:
+    wanted = [] if text == "none" else text.split(",")
+    unknown = [name for name in wanted if name not in _GRAPHS]
+    if unknown:
+        raise UsageError(f"--graphs {unknown[0]!r} is not one of {', '.join(_GRAPHS)}, none")
+    return tuple(name for name in _GRAPHS if name in wanted)
