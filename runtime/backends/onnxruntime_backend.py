@@ -44,7 +44,7 @@ class OnnxRuntimeBackend:
     def __init__(
         self, bundle: Bundle, dtype: torch.dtype, threads: int | None = None, provider: Literal["cpu", "cuda"] = "cpu"
     ) -> None:
-        """Create every session. `threads` per session, default: the cores this process may use.
+        """Create every session. `threads` per session; default: as many as torch uses (--threads).
 
         Raises UsageError when ONNX Runtime, the provider or the dtype cannot be had, BundleError for a damaged file.
         """
@@ -52,7 +52,7 @@ class OnnxRuntimeBackend:
         self.device = torch.device("cpu")
         self.dtype = dtype
         dtype_name = _graph_dtype(bundle, dtype)
-        factory = _SessionFactory(bundle, dtype_name, threads or len(os.sched_getaffinity(0)), provider)
+        factory = _SessionFactory(bundle, dtype_name, threads or torch.get_num_threads(), provider)
         config = bundle.config
         self._embed = load_tensors(bundle, EMBED_FILE, embed_tensors(config))["embed"]
         # The head is the greatest file: first, so that its passing copies meet an empty memory.
