@@ -38,11 +38,12 @@ class Decoder:
         self._config = config
         self._backend = backend
         self._router = router
-        self._cache = cache
+        self.cache = cache
         self._kv_cache = kv_cache
         self._moe_layers = frozenset(config.moe_layers)
         self.timing = Timing()
 
+    @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The next S tokens [S] int64; returns the logits [V] fp32 after the last of them.
 
@@ -56,6 +57,7 @@ class Decoder:
         self.timing.dense += time.monotonic_ns() - begin
         return logits
 
+    @torch.inference_mode()
     def forward_all(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Like `forward`, but the logits [S, V] after every token: for tests and perplexity."""
         size = prefill_chunk(self._config, self._backend.dtype)
@@ -107,7 +109,7 @@ class Decoder:
         places = _places(chosen)
         self.timing.routing += time.monotonic_ns() - begin
         outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=h.dtype)
-        with self._cache.fetch(layer, list(places)) as request:
+        with self.cache.fetch(layer, list(places)) as request:
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
             begin = time.monotonic_ns()
             for expert, slot in request:

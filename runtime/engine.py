@@ -71,7 +71,8 @@ class Engine:
         self.slots, self.plan = plan_run(
             bundle, options, self.backend_name, DTYPES[self.dtype_name], self.context, self.notes
         )
-        self.tokenizer = Tokenizer.load(bundle.path / "tokenizer")
+        has_tokenizer = any(name.startswith("tokenizer/") for name in bundle.manifest.files)
+        self.tokenizer = Tokenizer.load(bundle.path / "tokenizer") if has_tokenizer else None
         self._stack = contextlib.ExitStack()
         self._build()
         self._warm = False
@@ -96,6 +97,11 @@ class Engine:
     def close(self) -> None:
         """Close the record, the reader threads and the bundle's files. Safe to call twice."""
         self._stack.close()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Size of one slot: what reading one expert takes."""
+        return self.bundle.manifest.expert.file_bytes
 
     @property
     def expert_budget_bytes(self) -> int:
@@ -149,8 +155,8 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits [S, V] fp32 after every token of a fresh sequence (teacher forcing), on the CPU."""
-        self._decoder.reset()
-        return self._decoder.forward_all(torch.tensor(self.encode(token_ids))).cpu()
+        self.decoder.reset()
+        return self.decoder.forward_all(torch.tensor(self.encode(token_ids))).cpu()
 
     def empty_cache(self) -> None:
         """Forget every resident expert: the next run is a cold one."""
@@ -178,7 +184,7 @@ class Engine:
         self._stack.callback(self._loader.close)
         self._cache = ExpertCache(self.config.moe_layers, self._arena, self._loader, options.policy, options.scope)
         kv_cache = KVCache(self.config, self.context, dtype, backend.device)
-        self._decoder = Decoder(self.config, backend, router, self._cache, kv_cache)
+        self.decoder = Decoder(self.config, backend, router, self._cache, kv_cache)
         self._recorder = Recorder(options.record)
         self._stack.callback(self._recorder.close)
 
@@ -200,20 +206,19 @@ class Engine:
     ) -> Iterator[Token]:
         """The loop: forward, sample, record, yield. Sets the finish reason."""
         meter, stream = Meter(), self.tokenizer.stream(options.stop) if self.tokenizer else None
-        self._decoder.reset()
+        self.decoder.reset()
         self._cache.take_stats()
         history, inputs = list(ids), torch.tensor(ids)
         reason: FinishReason | None = None
         for index in range(options.max_new_tokens):
-            with torch.inference_mode():
-                chosen = sampler.choose(self._decoder.forward(inputs), history)
+            chosen = sampler.choose(self.decoder.forward(inputs), history)
             history.append(chosen)
             run.summary.token_ids.append(chosen)
             text = stream.push(chosen) if stream else ""
             reason = self._finished(index, chosen, options, bool(stream and stream.stopped))
             if reason and stream:
                 text += "" if stream.stopped else stream.finish()
-            timing, self._decoder.timing = self._decoder.timing, Timing()
+            timing, self.decoder.timing = self.decoder.timing, Timing()
             ready = time.monotonic_ns()
             record = meter.record(
                 index, chosen, ready - begin, timing, self._cache.take_stats(), self._loader.busy_ns()

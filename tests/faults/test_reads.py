@@ -25,7 +25,8 @@ def test_one_bad_read_heals(kind: str, number: int) -> None:
     cache, loader = make_cache(storage, layers=1, slots=4)
     fetch(storage, cache, [0, 1, 2, 3])
     cache.check_integrity()
-    assert storage.fired == 1 and loader.retries == 1
+    assert storage.fired == 1
+    assert loader.retries == 1
     loader.close()
 
 
@@ -49,7 +50,8 @@ def test_short_reads_go_on(kind: str) -> None:
     storage = FaultyStorage(1, 2, 4096, lambda count, *_: kind if count % 2 else None)
     cache, loader = make_cache(storage, layers=1, slots=2)
     fetch(storage, cache, [0, 1])
-    assert storage.fired >= 2 and loader.retries == 0
+    assert storage.fired >= 2
+    assert loader.retries == 0
     loader.close()
 
 
@@ -57,7 +59,8 @@ def test_a_blob_of_several_chunks_is_hashed_in_order() -> None:
     storage = MemoryStorage(1, 2, 2 * CHUNK_BYTES + 4096)
     cache, loader = make_cache(storage, layers=1, slots=2, threads=4)
     fetch(storage, cache, [0, 1])
-    assert storage.reads == 6 and loader.retries == 0
+    assert storage.reads == 6
+    assert loader.retries == 0
     loader.close()
 
 

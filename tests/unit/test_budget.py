@@ -54,6 +54,7 @@ def test_loading_counts_only_where_it_is_the_peak() -> None:
 
 def test_there_is_a_limit_and_it_is_the_smallest() -> None:
     size, name = limit()
-    assert 0 < size < 1 << 50 and name
+    assert 0 < size < 1 << 50
+    assert name
     assert all(size <= other for _, other in _cgroup_limits())
     assert Path("/proc/self/cgroup").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +29,8 @@ def test_residents_come_first_and_every_expert_once() -> None:
     cache, loader = make_cache(STORAGE, layers=2, slots=8)
     assert sorted(consume(cache, 0, [3, 1])) == [1, 3]
     order = consume(cache, 0, [5, 3, 2, 1])
-    assert order[:2] == [3, 1] and sorted(order[2:]) == [2, 5]
+    assert order[:2] == [3, 1]
+    assert sorted(order[2:]) == [2, 5]
     stats = cache.take_stats()
     assert (stats.hits, stats.misses) == ([2, 0], [4, 0])
     assert stats.bytes == 4 * BLOB
@@ -65,9 +65,9 @@ def test_shared_scope_moves_slots_between_layers() -> None:
 def test_leaving_a_request_early_loses_no_slot() -> None:
     cache, loader = make_cache(STORAGE, layers=2, slots=8)
     consume(cache, 0, [0, 1])
-    with pytest.raises(KeyError), cache.fetch(0, [0, 1, 2, 3]) as request:
+    with cache.fetch(0, [0, 1, 2, 3]) as request:
         for _ in request:
-            raise KeyError("the caller's own trouble")
+            break
     cache.check_integrity()
     assert sorted(consume(cache, 0, [4, 5, 0, 1])) == [0, 1, 4, 5]
     loader.close()
