@@ -122,6 +122,8 @@ def _run_command(name: str, words: list[str]) -> int:
     )
     parser.examples = _indented(command.EXAMPLES)
     command.add_arguments(parser)
+    places = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
+    parser.usage = " ".join(["%(prog)s", *map(str, places), "[options]"])  # argparse would list each of them first
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command.run(parser.parse_args(words))
 

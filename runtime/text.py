@@ -29,9 +29,17 @@ class Tokenizer:
     """The tokenizer of a bundle. Special tokens are recognised in prompts and left out of decoded text."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, special: Mapping[str, str], template: str | None, eos: Sequence[int]
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        special: Mapping[str, str],
+        template: str | None,
+        defaults: Mapping[str, Any],
+        begin: int | None,
     ) -> None:
-        self.eos_token_ids = tuple(eos)  # as the checkpoint's generation defaults and tokenizer name them
+        self.generation_defaults = dict(
+            defaults
+        )  # as the checkpoint has them: unchecked, for the caller to choose from
+        self._begin = begin  # starts every prompt, whether or not tokenizer.json says so
         self._tokenizer = tokenizer
         self._special = dict(special)
         self._template = template
@@ -60,10 +68,9 @@ class Tokenizer:
         tokenizer = _parse_tokenizer(bytes(files[TOKENIZER_FILE]))
         settings = _parse_object(files, SETTINGS_FILE)
         special = _special_tokens(_parse_object(files, SPECIAL_FILE) | settings)
-        ends = _as_list(_parse_object(files, GENERATION_FILE).get("eos_token_id"))
-        ends.append(tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None)
-        eos = sorted({i for i in ends if isinstance(i, int) and not isinstance(i, bool)})
-        return cls(tokenizer, special, _template(files, settings), eos)
+        # LlamaTokenizer and its kin add this token on their own, so their tokenizer.json may not mention it.
+        begin = tokenizer.token_to_id(special.get("bos_token", "")) if settings.get("add_bos_token") is True else None
+        return cls(tokenizer, special, _template(files, settings), _parse_object(files, GENERATION_FILE), begin)
 
     @property
     def has_chat_template(self) -> bool:
@@ -72,7 +79,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the model expects around one."""
-        return self._encode(text, add_special_tokens=True)
+        ids = self._encode(text, add_special_tokens=True)
+        return [self._begin, *ids] if self._begin is not None and ids[:1] != [self._begin] else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens; bytes that are no character become U+FFFD."""
@@ -182,7 +190,3 @@ def _byte_ids(tokenizer: tokenizers.Tokenizer) -> set[int]:
         return set()
     ids = (tokenizer.token_to_id(f"<0x{value:02X}>") for value in range(256))
     return {i for i in ids if i is not None}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]

@@ -53,10 +53,18 @@ def test_prompts_get_the_special_tokens_of_the_model_and_conversations_do_not() 
     assert tokenizer.apply_chat(MESSAGES).count(begin) == 1
 
 
-def test_end_tokens_come_from_the_generation_defaults_and_the_tokenizer() -> None:
-    expected = sorted(byte_level().token_to_id(t) for t in ("</s>", "<|im_end|>"))
-    assert list(make().eos_token_ids) == expected
-    assert make(generation_config__json=b'{"eos_token_id": 5}').eos_token_ids == (3, 5)
+def test_a_begin_token_that_only_the_settings_ask_for_is_added_once() -> None:
+    settings = b'{"bos_token": "<s>", "add_bos_token": true}'
+    begin = byte_level().token_to_id("<s>")
+    assert make(tokenizer_config__json=settings).encode("the") == [begin, *byte_level().encode("the").ids]
+    both = Tokenizer.from_files(bundle_files(sentencepiece()) | {"tokenizer_config.json": settings})
+    assert both is not None
+    assert both.encode("the").count(sentencepiece().token_to_id("<s>")) == 1
+
+
+def test_generation_defaults_are_handed_on() -> None:
+    assert make(generation_config__json=b'{"temperature": 0.6}').generation_defaults == {"temperature": 0.6}
+    assert make(generation_config__json=None).generation_defaults == {}
 
 
 def test_truncation_left_in_the_file_does_not_cut_prompts() -> None:
