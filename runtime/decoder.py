@@ -49,7 +49,7 @@ class Decoder:
 
         Raises ReadError when an expert cannot be read; `reset` makes the decoder usable again.
         """
-        size = prefill_chunk(self._config, self._backend.dtype)
+        size = prefill_chunk(self._config)
         for chunk in token_ids.split(size):
             x = self._forward_chunk(chunk)
         begin = time.monotonic_ns()
@@ -60,7 +60,7 @@ class Decoder:
     @torch.inference_mode()
     def forward_all(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Like `forward`, but the logits [S, V] after every token: for tests and perplexity."""
-        size = prefill_chunk(self._config, self._backend.dtype)
+        size = prefill_chunk(self._config)
         return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in token_ids.split(size)])
 
     def reset(self) -> None:
@@ -108,23 +108,23 @@ class Decoder:
         chosen, weights = self._router.route(layer, h)
         places = _places(chosen)
         self.timing.routing += time.monotonic_ns() - begin
-        outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=h.dtype)
+        outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=torch.float32, device=h.device)
         with self.cache.fetch(layer, list(places)) as request:
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
             begin = time.monotonic_ns()
             for expert, slot in request:
                 rows, ranks = places[expert]
                 outputs[rows, ranks] = self._backend.run_expert(h[rows], slot)
-        mixed = (outputs.float() * weights[..., None]).sum(dim=1)
+        mixed = (outputs * weights[..., None]).sum(dim=1)
         if shared is not None:
             mixed += shared
         self.timing.expert += time.monotonic_ns() - begin
         return mixed
 
 
-def prefill_chunk(config: ModelConfig, dtype: torch.dtype) -> int:
+def prefill_chunk(config: ModelConfig) -> int:
     """Tokens that prefill takes at once: as many as CHUNK_BYTES of experts' outputs allow."""
-    return max(BLOCK_TOKENS, CHUNK_BYTES // (config.router.top_k * config.hidden_size * dtype.itemsize))
+    return max(BLOCK_TOKENS, CHUNK_BYTES // (config.router.top_k * config.hidden_size * 4))
 
 
 def _places(chosen: torch.Tensor) -> dict[int, tuple[torch.Tensor | slice, torch.Tensor | int]]:

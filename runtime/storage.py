@@ -65,7 +65,8 @@ def read_file(directory: int, path: str, size: int, direct: bool = True) -> memo
     except DirectUnsupportedError:
         descriptor = open_file(directory, path, size)
     try:
-        view = memoryview(mmap.mmap(-1, max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE))
+        pages = max(1, -(-size // mmap.PAGESIZE))
+        view = memoryview(mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         done = 0
         while done < size:
             count = os.preadv(descriptor, [view[done : done + (64 << 20)]], done)

@@ -33,14 +33,14 @@ class Backend(Protocol):
         ...
 
     def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        """The layer's shared experts, or its whole MLP where it has no experts: h [S, H] to [S, H].
+        """The layer's shared experts, or its whole MLP where it has no experts: h [S, H] to [S, H] fp32.
 
         Only called for layers whose config.mlp_size is not 0.
         """
         ...
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """One expert on its tokens: h [n, H], slot = the blob's fp16 values (1-D, from the arena), to [n, H]."""
+        """One expert on its tokens: h [n, H], slot = the blob's fp16 values (1-D, from the arena), to [n, H] fp32."""
         ...
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:

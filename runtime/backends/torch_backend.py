@@ -66,7 +66,7 @@ class TorchBackend:
         weights = self._layers[layer]
         out = self._gated(h, weights["mlp.gate_up"], weights["mlp.down"])
         if "mlp.router" in weights:
-            out = out * functional.linear(h, weights["mlp.router"]).sigmoid()
+            out = out * functional.linear(h, weights["mlp.router"]).float().sigmoid()
         return out
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
@@ -85,5 +85,14 @@ class TorchBackend:
         return {tensor: values.to(self.dtype) for tensor, values in load_tensors(bundle, name, shapes).items()}
 
     def _gated(self, h: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """act(gate) * up through down, fp32.
+
+        Real models have tokens whose inner values or outputs leave the range of fp16 (65,504), so there each row is
+        divided by its largest inner value before the last product, and multiplied by it after.
+        """
         gate, up = functional.linear(h, gate_up).chunk(2, dim=-1)
-        return functional.linear(self._activation(gate) * up, down)
+        if self.dtype != torch.float16:
+            return functional.linear(self._activation(gate) * up, down).float()
+        inner = self._activation(gate.float()) * up
+        scale = inner.abs().amax(dim=-1, keepdim=True).clamp_(min=1.0)
+        return functional.linear((inner / scale).half(), down).float() * scale
