@@ -94,10 +94,10 @@ def mla(g: Graph, config: ModelConfig, file: str, at: Inputs) -> tuple[str, str,
 def softmax(g: Graph, past: str, new: str, mask: str, copies: int, past_rows: str) -> tuple[str, str]:
     """Weights over past [.., rows, T] and new [.., rows, S] scores, from one fp32 softmax over both.
 
-    rows = copies * S, so mask [S, S] is laid `copies` times below itself; past_rows [T, ...] tells T.
+    rows = copies * S, so mask [S, T + S] is laid `copies` times below itself; past_rows [T, ...] tells T.
     """
-    mask = g.op("Tile", mask, g.const([copies, 1]))
-    scores = g.op("Concat", g.cast(past, FP32), g.op("Add", g.cast(new, FP32), mask), axis=-1)
+    scores = g.op("Concat", g.cast(past, FP32), g.cast(new, FP32), axis=-1)
+    scores = g.op("Add", scores, g.op("Tile", mask, g.const([copies, 1])))
     weights = g.cast(g.op("Softmax", scores, axis=-1), g.compute)
     tokens = g.op("Slice", g.op("Shape", past_rows), g.const([0]), g.const([1]), g.const([0]))
     last = g.const([-1])

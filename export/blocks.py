@@ -46,15 +46,16 @@ def _parts(config: ModelConfig) -> Iterator[tuple[str, Callable[[Graph], None]]]
 def block(g: Graph, config: ModelConfig, layer: int) -> None:
     """x, cos, sin, mask, past_k, past_v -> x_attn, h, k_new, v_new.
 
-    x [S, H], cos and sin [S, rope dim], mask [S, S] (added to the scores) are fp32; past rows [T, ...] and new rows
-    [S, ...] have the compute dtype and the shapes of config.attention.cache_rows.
+    x [S, H], cos and sin [S, rope dim], mask [S, T + S] (added to the scores: 0 or -inf) are fp32; past rows [T, ...]
+    and new rows [S, ...] have the compute dtype and the shapes of config.attention.cache_rows. T is at least 1: with an
+    empty cache give one row that the mask hides, as any padding of the past.
     """
     file, hidden, a = layer_file(layer), config.hidden_size, config.attention
     key_row, value_row = a.cache_rows
     x = g.input("x", FP32, ["S", hidden])
     cos = g.input("cos", FP32, ["S", config.rope.dim])
     sin = g.input("sin", FP32, ["S", config.rope.dim])
-    mask = g.input("mask", FP32, ["S", "S"])
+    mask = g.input("mask", FP32, ["S", "T + S"])
     past_k = g.input("past_k", g.compute, ["T", *key_row])
     past_v = g.input("past_v", g.compute, ["T", *value_row])
 

@@ -1,12 +1,15 @@
 """A checkpoint folder: config.json and safetensors shards, checked when opened and read in slices.
 
-Slices are read with pread, never mapped: a file that is truncated under us is an error, not a SIGBUS.
+Slices are read past the page cache and never mapped: a file that is truncated under us is an error, not a SIGBUS.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import mmap
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,17 @@ from typing import Any
 from export.headers import TensorInfo, read_header
 from export.source import find_source, read_config, read_json
 from runtime.errors import CheckpointError, EdgeError
+from runtime.layout import PAGE_BYTES, padded
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAMPLE_BYTES = 1024
+_local = threading.local()
 
 
 class Checkpoint:
-    """An open checkpoint; holds one descriptor per shard.
+    """An open checkpoint; holds the descriptors of its shards.
 
     `tensors` has every tensor by its name in the checkpoint, `config` and `generation` are config.json and
     generation_config.json ({} where there is none).
@@ -36,6 +41,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._headers: dict[str, bytes] = {}
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}  # the same files past the page cache, where the file system can
         try:
             self._open_shards()
         except BaseException:
@@ -50,22 +56,27 @@ class Checkpoint:
         """
         return cls(find_source(name))
 
-    def read_into(self, info: TensorInfo, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a tensor from its byte `start` on. Any thread may call.
+    def read(self, info: TensorInfo, start: int, size_bytes: int) -> memoryview:
+        """`size_bytes` of a tensor from its byte `start` on, valid until this thread reads again. Any thread may call.
 
         Raises EdgeError when the disk fails or the file has become shorter.
         """
-        descriptor, position, done = self._files[info.file], info.offset + start, 0
-        while done < len(target):
+        position = info.offset + start
+        skipped = position % PAGE_BYTES
+        view = _scratch(padded(skipped + size_bytes))
+        descriptor, done = self._direct.get(info.file, self._files[info.file]), 0
+        while done < skipped + size_bytes:
             try:
-                count = os.preadv(descriptor, [target[done:]], position + done)
+                count = os.preadv(descriptor, [view[done:]], position - skipped + done)
             except OSError as error:
                 raise EdgeError(f"{self.path / info.file}: reading {info.name}: {error.strerror}") from error
-            if count == 0:
+            if count == 0 or os.fstat(descriptor).st_size < position + size_bytes:
                 raise EdgeError(f"{self.path / info.file}: became shorter while it was read: leave it alone and retry")
             done += count
-        # The page cache is charged to our memory group: what was read once is not needed again.
-        os.posix_fadvise(descriptor, position, len(target), os.POSIX_FADV_DONTNEED)
+        if descriptor == self._files[info.file]:
+            # The page cache is charged to our memory group: what was read once is not needed again.
+            os.posix_fadvise(descriptor, position, size_bytes, os.POSIX_FADV_DONTNEED)
+        return view[skipped : skipped + size_bytes]
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json, the headers of all shards and the first 1,024 bytes of every tensor.
@@ -87,8 +98,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close every shard."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        for descriptors in (self._files, self._direct):
+            while descriptors:
+                os.close(descriptors.popitem()[1])
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -126,10 +138,15 @@ class Checkpoint:
             raise CheckpointError(f"{INDEX}: does not list {_some(unlisted)} of {where}: shards and index do not match")
 
     def _open(self, file: str) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[file] = os.open(self.path / file, flags)
+            os.posix_fadvise(self._files[file], 0, 0, os.POSIX_FADV_RANDOM)  # headers and samples
+            self._direct[file] = os.open(self.path / file, flags | os.O_DIRECT)
         except OSError as error:
-            raise CheckpointError(f"{self.path / file}: {error.strerror}") from None
+            if error.errno != errno.EINVAL:
+                raise CheckpointError(f"{self.path / file}: {error.strerror}") from None
+            os.posix_fadvise(self._files[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._files[file]
 
     def _add(self, file: str, descriptor: int) -> None:
@@ -138,6 +155,13 @@ class Checkpoint:
             if name in self.tensors:
                 raise CheckpointError(f"tensor {name} is in {self.tensors[name].file} and again in {file}")
             self.tensors[name] = info
+
+
+def _scratch(size_bytes: int) -> memoryview:
+    """This thread's page-aligned buffer, as O_DIRECT wants it."""
+    if len(getattr(_local, "scratch", b"")) < size_bytes:
+        _local.scratch = memoryview(mmap.mmap(-1, size_bytes))
+    return _local.scratch[:size_bytes]
 
 
 def _weight_map(path: Path) -> dict[str, str]:

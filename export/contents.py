@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +19,7 @@ from export.families.base import Rows
 from export.headers import ITEM_BYTES, TensorInfo
 from runtime.errors import CheckpointError
 
-_BLOCK_VALUES = 1 << 18  # one read and conversion: source, fp32 step and target stay in a core's cache
-_local = threading.local()
+_BLOCK_VALUES = 1 << 20  # one read and conversion
 
 
 class Content(Protocol):
@@ -103,8 +101,9 @@ class Tensors:
 
     def _convert_block(self, info: TensorInfo, first: int, count: int, target: memoryview) -> None:
         item_bytes = ITEM_BYTES[info.dtype]
-        raw = _scratch()[: count * item_bytes]
-        self._checkpoint.read_into(info, first * item_bytes, raw)
+        raw = self._checkpoint.read(info, first * item_bytes, count * item_bytes)
+        if info.offset % item_bytes:  # a header of odd length: torch wants values at their own multiple
+            raw = memoryview(bytearray(raw))
         source = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype])
         result = torch.frombuffer(target, dtype=TORCH_DTYPES[self._dtype])
         convert(source, result, f"{info.file}: tensor {info.name}, values {first} to {first + count - 1} of it,")
@@ -123,10 +122,3 @@ def _piece(checkpoint: Checkpoint, rows: Rows, offset: int) -> Piece:
     total = math.prod(rows.shape) // width
     count = total - rows.first if rows.count is None else rows.count
     return Piece(offset, info, rows.first * width, count * width)
-
-
-def _scratch() -> memoryview:
-    """This thread's buffer for source values."""
-    if not hasattr(_local, "scratch"):
-        _local.scratch = memoryview(bytearray(_BLOCK_VALUES * 4))
-    return _local.scratch

@@ -34,17 +34,21 @@ def export_bundle(
     options: ExportOptions | None = None,
     progress: Callable[[ProgressEvent], None] = lambda event: None,
     fs: FileSystem | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Export a checkpoint folder (or hub name) to the bundle directory `out` and return its manifest.
 
     An export of the same checkpoint that was interrupted is resumed; the bundle is the same byte for byte. Memory: a
-    few MiB per worker, whatever the size of the model. Raises CheckpointError for a checkpoint that is damaged or not
-    supported, UsageError for a target that cannot be, EdgeError when a disk fails.
+    few MiB per worker, whatever the size of the model. `note` is told what is left out on purpose.
+    Raises CheckpointError for a checkpoint that is damaged or not supported, UsageError for a target that cannot be,
+    EdgeError when a disk fails.
     """
     options = options or ExportOptions()
     check_target(out, options.force)  # before a download or minutes of planning
     with Checkpoint.open(checkpoint) as source, _one_thread_per_tensor():
         plan, config = _plan(source, options)
+        for text in plan.notes:
+            note(text)
         fingerprint = source.fingerprint()
         name = options.name or (str(checkpoint) if not Path(checkpoint).exists() else source.path.resolve().name)
         identity = Identity(GENERATOR, fingerprint, source.stamp(), _digest(plan.files, name))
@@ -87,11 +91,8 @@ def _check_tied(source: Checkpoint) -> None:
         return
     same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
     for start in range(0, head.bytes if same else 0, _COMPARE_BYTES):
-        parts = []
-        for info in (embed, head):
-            parts.append(memoryview(bytearray(min(_COMPARE_BYTES, info.bytes - start))))
-            source.read_into(info, start, parts[-1])
-        same = same and parts[0] == parts[1]
+        size = min(_COMPARE_BYTES, head.bytes - start)
+        same = same and bytes(source.read(embed, start, size)) == source.read(head, start, size)
     if not same:
         raise CheckpointError(
             f"{source.path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: set it to "

@@ -37,6 +37,7 @@ class Plan:
     def __init__(self, checkpoint: Checkpoint, family: Family, config: ModelConfig) -> None:
         self._checkpoint, self._family, self._config = checkpoint, family, config
         self._used: set[str] = set()
+        self.notes: list[str] = []  # what the bundle leaves out on purpose
         self._spans: dict[str, Spans] = {}
         self.files = [*self._dense_files(), *self._expert_files()]
         self._refuse_unused()
@@ -80,10 +81,11 @@ class Plan:
 
     def _refuse_unused(self) -> None:
         expected = {"lm_head.weight"} if self._config.tied_embeddings else set()
+        extras = self._family.extras(self._config, self._checkpoint.tensors)
         unused = sorted(
             name
             for name in set(self._checkpoint.tensors) - self._used - expected
-            if not name.endswith(self._family.ignored_suffixes)
+            if not name.endswith(self._family.ignored_suffixes) and not name.startswith(tuple(extras))
         )
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
@@ -91,3 +93,6 @@ class Plan:
                 f"{self._checkpoint.path}: tensor {unused[0]}{more} has no place in the {self._config.family} "
                 "architecture: leaving it out would change the model, so it is not exported"
             )
+        self.notes += [
+            f"{prefix}*: {what} is left out, the model's own logits do not use it" for prefix, what in extras.items()
+        ]

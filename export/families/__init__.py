@@ -6,6 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from export.families.base import Family
+from export.families.deepseek_v2 import DeepseekV2
+from export.families.deepseek_v3 import DeepseekV3
+from export.families.granitemoe import GraniteMoe
 from export.families.mixtral import Mixtral
 from export.families.olmoe import Olmoe
 from export.families.qwen2_moe import Qwen2Moe
@@ -16,7 +19,8 @@ from runtime.errors import BundleError, CheckpointError
 
 def families() -> dict[str, Family]:
     """Every known family, by model_type."""
-    return {family.model_type: family for family in (Qwen2Moe(), Olmoe(), Qwen3Moe(), Mixtral())}
+    known = (Qwen2Moe(), Qwen3Moe(), Olmoe(), Mixtral(), GraniteMoe(), DeepseekV2(), DeepseekV3())
+    return {family.model_type: family for family in known}
 
 
 def family_of(raw: dict[str, Any]) -> Family:

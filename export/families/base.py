@@ -44,6 +44,8 @@ class Family(ABC):
     experts_at = ("gate_proj", "up_proj", "down_proj")
     shared_at = "mlp.shared_expert"
     shared_gate_at = "mlp.shared_expert_gate"
+    # Classes that an auto_map may name: a checkpoint's own code, of which the family computes the same.
+    code: frozenset[str] = frozenset()
     # Buffers that old transformers versions saved; they follow from the config.
     ignored_suffixes = ("rotary_emb.inv_freq",)
 
@@ -117,6 +119,10 @@ class Family(ABC):
             )
         gate, up, down = (f"{at}{expert}.{name}.weight" for name in self.experts_at)
         return Rows(gate, (inner, hidden)), Rows(up, (inner, hidden)), Rows(down, (hidden, inner))
+
+    def extras(self, config: ModelConfig, names: Container[str]) -> dict[str, str]:
+        """Prefixes of weights that take no part in the model's logits and are left out, with what they are."""
+        return {}
 
     def moe_module(self, layer: int, names: Container[str]) -> str:
         """Prefix of the module with gate and experts; transformers 5 calls it "mlp" in every family."""

@@ -99,6 +99,20 @@ class Options:
         value = self._take(name, default, (int, float))
         return float(value) if isinstance(value, int) else value
 
+    def positive(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number above 0, as a float."""
+        value = self.number(name, default)
+        if not value > 0:
+            self.refuse(name, value, "should be positive")
+        return value
+
+    def only(self, name: str, *known: Any) -> Any:
+        """An option of which only the values `known` are supported, the first when it is absent."""
+        value = self._take(name, known[0], tuple({type(choice) for choice in known}))
+        if value not in known:
+            self.refuse(name, value, f"is not supported (known: {', '.join(str(choice) for choice in known)})")
+        return value
+
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
         """true or false."""
         return self._take(name, default, bool)
@@ -145,7 +159,7 @@ class Options:
     def rope(self, dim: int, max_context: int, default_theta: float = 10000.0) -> RopeConfig:
         """Both spellings: rope_theta with rope_scaling (hub), and rope_parameters (transformers 5)."""
         theta = self.number("rope_theta", default_theta)
-        scaling = {**self._take("rope_scaling", {}, dict), **self._take("rope_parameters", {}, dict)}
+        scaling = self._rope_settings()
         values = Options(scaling, frozenset())
         unknown = sorted(set(scaling) - _ROPE_KEYS)
         if unknown:
@@ -162,6 +176,11 @@ class Options:
             self.refuse("rope_scaling.rope_type", kind, "is not supported (known: default, linear, yarn)")
         return _yarn(values, dim, theta, max_context)
 
+    def rope_number(self, name: str) -> float | None:
+        """One number of the rope's settings; None when absent."""
+        value: float | None = Options(self._rope_settings(), frozenset()).number(name, None)
+        return value
+
     def finish(self) -> None:
         """Refuse what is neither taken, harmless nor null. Raises CheckpointError."""
         for name in sorted(set(self._raw) - self._known):
@@ -171,6 +190,9 @@ class Options:
     def refuse(self, name: str, value: Any, why: str) -> None:
         """Raise CheckpointError about one option."""
         raise CheckpointError(f"config.json ({self.model_type}): {name} = {value!r:.80} {why}")
+
+    def _rope_settings(self) -> dict[str, Any]:
+        return {**self._take("rope_scaling", {}, dict), **self._take("rope_parameters", {}, dict)}
 
     def _take(self, name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
         self._known.add(name)
@@ -193,9 +215,9 @@ def _yarn(values: Options, dim: int, theta: float, max_context: int) -> RopeConf
     if attention is None:
         ours, all_dim = values.number("mscale", None), values.number("mscale_all_dim", None)
         if ours and all_dim:
-            attention = _mscale(factor, ours) / _mscale(factor, all_dim)
+            attention = mscale(factor, ours) / mscale(factor, all_dim)
         else:
-            attention = _mscale(factor, 1.0)
+            attention = mscale(factor, 1.0)
     return RopeConfig(
         dim,
         theta,
@@ -209,5 +231,6 @@ def _yarn(values: Options, dim: int, theta: float, max_context: int) -> RopeConf
     )
 
 
-def _mscale(factor: float, scale: float) -> float:
+def mscale(factor: float, scale: float) -> float:
+    """YaRN's growth of queries and keys with the stretch `factor`, damped by `scale`."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
