@@ -122,8 +122,7 @@ def _run_command(name: str, words: list[str]) -> int:
     )
     parser.examples = _indented(command.EXAMPLES)
     command.add_arguments(parser)
-    places = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
-    parser.usage = " ".join(["%(prog)s", *map(str, places), "[options]"])  # argparse would list each of them first
+    parser.usage = f"%(prog)s {_places(parser)}[options]"  # argparse would list every option before them
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command.run(parser.parse_args(words))
 
@@ -142,6 +141,13 @@ def _top_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"remoe-edge {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _places(parser: argparse.ArgumentParser) -> str:
+    """The positional arguments as a usage line writes them."""
+    found = [action for action in parser._actions if not action.option_strings]
+    names = [(str(action.metavar or action.dest), action.nargs == "?") for action in found]
+    return "".join(f"[{name}] " if optional else f"{name} " for name, optional in names)
 
 
 def _indented(examples: str) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from runtime.errors import UsageError
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -33,8 +35,9 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise _refused(f"it has {len(template)} characters, more than the {MAX_TEMPLATE_CHARS} allowed")
     request = {"template": template, "variables": dict(variables), "max_chars": MAX_OUTPUT_CHARS}
     limits = {"memory_bytes": MEMORY_BYTES, "processor_s": PROCESSOR_S}
-    # -I: neither the working directory nor the environment can slip a module in.
-    command = [sys.executable, "-I", str(_WORKER)]
+    # Isolated: neither the working directory nor the environment can slip a module in. It leaves the user's own site
+    # folder out, too, so the worker is told where Jinja is.
+    command = [sys.executable, "-I", str(_WORKER), str(Path(jinja2.__file__).parents[1])]
     try:
         data = json.dumps(request | limits).encode()
         done = subprocess.run(command, input=data, capture_output=True, timeout=_WALL_S, check=False)

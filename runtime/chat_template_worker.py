@@ -1,6 +1,7 @@
 """Renders one chat template: JSON on stdin, JSON on stdout. A script of its own, started by runtime/chat_template.py.
 
-It imports nothing of this project: it runs isolated (python -I), where a checkout is not on the path.
+It imports nothing of this project: it runs isolated (python -I), where a checkout is not on the path. Its argument is
+the folder that holds Jinja.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import resource
 import sys
 from datetime import datetime
 from typing import Any, NoReturn
+
+sys.path.extend(sys.argv[1:])
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols

@@ -63,7 +63,7 @@ class Sampler:
         if not torch.isfinite(best):
             raise EdgeError(
                 f"the model's logits contain {best.item()}: its values left the range of the compute dtype\n"
-                "  run again with --dtype fp32, or check the weights: edge verify BUNDLE --full"
+                "  run again with --dtype fp32, or check the weights: edge verify BUNDLE"
             )
         if self.options.temperature == 0:
             return int(torch.argmax(scores))  # the first one, where several are equal
