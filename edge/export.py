@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             bars.update("export", event.done_bytes, event.total_bytes)
 
         # Absolute: the staging directory lies beside OUT, whatever way its name was written.
-        manifest = export_bundle(args.checkpoint, Path(args.out).absolute(), options, show)
+        manifest = export_bundle(args.checkpoint, Path(args.out).absolute(), options, show, note=console.note)
     seconds = time.monotonic() - started
     size = sum(entry.bytes for entry in manifest.files.values())
     if reused:
