@@ -64,7 +64,8 @@ class Router:
         experts = choice.topk(config.top_k).indices
         weights = scores.gather(-1, experts)
         if config.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+            # Sigmoid scores of experts that a bias has chosen may all be 0; other sums are not changed by so little.
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return experts, weights * config.scale if config.scale != 1.0 else weights
 
     def _limit_groups(self, choice: torch.Tensor) -> torch.Tensor:

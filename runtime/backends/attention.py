@@ -71,6 +71,7 @@ class Attention:
         else:
             low = rms_norm(functional.linear(h, weights["q_a"]), weights["q_a_norm"], a.latent_norm_eps)
             q = functional.linear(low, weights["q_b"])
+        q = (q.float() * a.scale).to(h.dtype)  # before the products: scores without it can leave the range of fp16
         q_plain, q_rope = q.unflatten(-1, (a.num_heads, -1)).split([a.head_dim, a.rope_head_dim], dim=-1)
         latent, k_rope = functional.linear(h, weights["kv_a"]).split([a.kv_lora_rank, a.rope_head_dim], dim=-1)
         cos, sin = self._rope.rows(cache.length, count)
@@ -80,7 +81,7 @@ class Attention:
         latents, rope_keys = cache.keys[layer, :end], cache.values[layer, :end]  # [T+S, c], [T+S, r]
         q_latent = torch.matmul(q_plain.transpose(0, 1), weights["k_b"])  # [nh, S, c]
         scores = torch.matmul(q_latent, latents.T) + torch.matmul(rotate(q_rope, cos, sin).transpose(0, 1), rope_keys.T)
-        scores = scores.float() * a.scale
+        scores = scores.float()
         if count > 1:
             scores = scores.masked_fill(~causal_mask(count, end), float("-inf"))
         mixed = torch.matmul(scores.softmax(-1).to(h.dtype), latents)  # [nh, S, c]
