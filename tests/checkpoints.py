@@ -1,7 +1,7 @@
 """Random-weight checkpoints, made by transformers itself, small enough to build in a test.
 
-Every weight is rounded to a value that fp16 (and the saved dtype) can hold, so a bundle and the reference model compute from
-equal numbers. Gates are scaled up: a routing decision then hangs on more than rounding.
+Every weight is rounded to a value that fp16 (and the saved dtype) can hold, so a bundle and the reference model compute
+from equal numbers. Gates are scaled up: a routing decision then hangs on more than rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral")
+FAMILIES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral", "granitemoe", "deepseek_v2", "deepseek_v3")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMMON: dict[str, Any] = {
     "vocab_size": 200,
@@ -28,11 +28,36 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+_LATENT: dict[str, Any] = {
+    "moe_intermediate_size": 40,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+}
 _FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 7, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
     "olmoe": {"num_experts": 10},
     "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 40, "head_dim": 24, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 5},
+    "granitemoe": {
+        "num_local_experts": 6,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.25,
+        "logits_scaling": 6.0,
+    },
+    "deepseek_v2": {
+        **_LATENT,
+        "n_routed_experts": 9,
+        "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {**_LATENT, "n_routed_experts": 12, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
 }
 
 
@@ -50,9 +75,9 @@ def make_checkpoint(
 ) -> Path:
     """Write a seeded random checkpoint of `family` into `directory` and return it.
 
-    `overrides` go into the transformers config. `dtype` is one of fp32, bf16, fp16; `shards` > 1 splits the weights over about as
-    many files with an index; `fused` writes transformers' in-memory expert tensors (experts.gate_up_proj [E, 2I, H]) instead of
-    the per-expert names of the hub. Router logits have a standard deviation of about `gate_std`.
+    `overrides` go into the transformers config. `dtype` is one of fp32, bf16, fp16; `shards` > 1 splits the weights
+    over about as many files with an index; `fused` writes transformers' in-memory expert tensors (experts.gate_up_proj
+    [E, 2I, H]) instead of the names of the hub. Router logits have a standard deviation of about `gate_std`.
     """
     model = _random_model(family, _DTYPES[dtype], seed, gate_std, overrides)
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +129,8 @@ def _random_model(family: str, dtype: torch.dtype, seed: int, gate_std: float, o
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+        for name, weight in [*model.named_parameters(), *biases]:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(_scaled(name, noise, gate_std).to(dtype).to(torch.float16).float())
     return model.to(dtype)
@@ -117,12 +143,12 @@ def _scaled(name: str, noise: torch.Tensor, gate_std: float) -> torch.Tensor:
         return 0.2 * noise
     if "embed_tokens" in name:
         return noise
-    std = gate_std if name.endswith("mlp.gate.weight") else 1.0
+    std = gate_std if name.endswith(("mlp.gate.weight", "router.weight")) else 1.0
     return std * noise / math.sqrt(noise.shape[-1])
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer without merges: ids 0-2 are <pad>, <s>, </s>; byte tokens follow (so vocab_size >= 259)."""
+    """A byte-level tokenizer without merges: ids 0-2 are <pad>, <s>, </s>; bytes follow (so vocab_size >= 259)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<pad>", "<s>", "</s>"]

@@ -1,7 +1,4 @@
-"""Every family against transformers in fp32, for both back-ends: prefill logits, decode logits and greedy tokens.
-
-Tolerance: 1e-3 of the range of the logits in fp32. Observed is below 1e-6; what is left is the order of sums.
-"""
+"""The Qwen families, OLMoE and Mixtral against transformers in fp32, for both back-ends; tolerance in agreement.py."""
 
 from __future__ import annotations
 
@@ -12,11 +9,9 @@ import pytest
 import torch
 
 from export.exporter import export_bundle
-from runtime.engine import Engine, EngineOptions, GenerateOptions
+from runtime.engine import Engine, EngineOptions
 from tests.checkpoints import load_reference, make_checkpoint
-
-PROMPT = [(7 * i + 3) % 200 for i in range(21)]
-NEW_TOKENS = 64
+from tests.parity.agreement import PROMPT, assert_agrees
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {}),
@@ -61,21 +56,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_agrees_with_transformers(model: tuple[Path, Any], backend: Any) -> None:
     bundle, reference = model
-    options = EngineOptions(backend=backend, dtype="fp32", expert_memory_bytes=1 << 30, context=128)
-    with Engine.open(bundle, options) as engine:
-        tokens = [t.id for t in engine.generate(PROMPT, GenerateOptions(NEW_TOKENS, ignore_eos=True))]
-        whole = torch.tensor([PROMPT + tokens])
-        with torch.inference_mode():
-            expected = reference(whole).logits[0]
-        scale = float(expected.max() - expected.min())
-        prefill = engine.logits(whole[0].tolist())
-        assert float((prefill - expected).abs().max()) < 1e-3 * scale
-        engine.decoder.reset()
-        for position, token in enumerate(whole[0]):
-            decode = engine.decoder.forward(token[None])
-            assert float((decode - expected[position]).abs().max()) < 1e-3 * scale, position
-        assert tokens == expected[len(PROMPT) - 1 : -1].argmax(-1).tolist()
-        engine.check_integrity()
+    assert_agrees(bundle, reference, backend)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])
