@@ -51,8 +51,9 @@ test: $(VENV)/.installed-test ## all tests (a GPU is used where there is one)
 test-fast: $(VENV)/.installed-test ## the tests that take under ten seconds each
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+lint: $(VENV)/.installed-test ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed ## read rate, decode speed and their ceilings on this machine
