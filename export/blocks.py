@@ -12,7 +12,7 @@ from functools import partial
 
 from export.attention import Inputs, gqa, mla
 from export.graph import FP16, FP32, Graph, Locate
-from export.maths import activate, add_residual, linear, rms_norm, scaled
+from export.maths import add_residual, gated, linear, rms_norm, scaled, stored
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
 from runtime.layout import EMBED_FILE, HEAD_FILE, graph_file, layer_file
@@ -73,17 +73,16 @@ def block(g: Graph, config: ModelConfig, layer: int) -> None:
 
 
 def mlp(g: Graph, config: ModelConfig, layer: int) -> None:
-    """h -> out, both [S, H]: shared experts (times sigmoid(w . h) where gated), or the MLP of a layer without any."""
+    """h [S, H] -> out [S, H] fp32: shared experts (times sigmoid(w . h) where gated), or the MLP of a dense layer."""
     file, hidden, inner = layer_file(layer), config.hidden_size, config.mlp_size(layer)
     h = g.input("h", g.compute, ["S", hidden])
     both = linear(g, h, file, "mlp.gate_up", (2 * inner, hidden))
     gate, up = g.ops("Split", 2, both, g.const([inner, inner]), axis=1)
-    out = linear(g, activate(g, gate, up, config.activation), file, "mlp.down", (hidden, inner))
+    out = gated(g, gate, up, stored(g, file, "mlp.down", (hidden, inner), g.compute), config.activation)
     if config.shared_gate and layer in config.moe_layers:
-        logit = g.cast(linear(g, h, file, "mlp.router", (1, hidden)), FP32)
-        gated = g.op("Mul", g.cast(out, FP32), g.op("Sigmoid", logit))
-        out = g.cast(gated, g.compute)
-    g.output("out", out, g.compute, ["S", hidden])
+        logit = linear(g, h, file, "mlp.router", (1, hidden))
+        out = g.op("Mul", out, g.op("Sigmoid", g.cast(logit, FP32)))
+    g.output("out", out, FP32, ["S", hidden])
 
 
 def head(g: Graph, config: ModelConfig) -> None:
@@ -97,9 +96,9 @@ def head(g: Graph, config: ModelConfig) -> None:
 
 
 def expert(g: Graph, config: ModelConfig) -> None:
-    """h [n, H], and the fp16 tensors of one blob, gate and up [I, H], down [H, I] -> y [n, H]."""
+    """h [n, H], and the fp16 tensors of one blob, gate and up [I, H], down [H, I] -> y [n, H] fp32."""
     h = g.input("h", g.compute, ["n", config.hidden_size])
-    blob = {name: g.input(name, FP16, shape) for name, shape in config.expert_shapes.items()}
-    gate, up, down = (g.cast(blob[name], g.compute) if g.compute != FP16 else blob[name] for name in blob)
-    inner = activate(g, g.op("Gemm", h, gate, transB=1), g.op("Gemm", h, up, transB=1), config.activation)
-    g.output("y", g.op("Gemm", inner, down, transB=1), g.compute, ["n", config.hidden_size])
+    blob = [g.input(name, FP16, shape) for name, shape in config.expert_shapes.items()]
+    gate, up, down = (weight if g.compute == FP16 else g.cast(weight, g.compute) for weight in blob)
+    gate, up = (g.op("Gemm", h, weight, transB=1) for weight in (gate, up))
+    g.output("y", gated(g, gate, up, down, config.activation), FP32, ["n", config.hidden_size])

@@ -40,11 +40,20 @@ def rope(g: Graph, x: str, cos: str, sin: str, dim: int) -> str:
     return g.op("Add", g.op("Mul", x, cos), g.op("Mul", rotated, sin))
 
 
-def activate(g: Graph, gate: str, up: str, kind: str) -> str:
-    """activation(gate) * up, fp32 inside (the tanh form cubes its input, which overflows fp16 from 41 on)."""
-    x = g.cast(gate, FP32)
-    y = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}[kind](g, x)
-    return g.cast(g.op("Mul", y, g.cast(up, FP32)), g.compute)
+def gated(g: Graph, gate: str, up: str, down: str, kind: str) -> str:
+    """(activation(gate) * up) @ down.T, fp32; only the product has the compute dtype.
+
+    The inner values of real models can leave the range of fp16 (65,504), and the tanh form cubes its input: so they
+    stay fp32, and for an fp16 product each row is divided by its largest value, and multiplied by it after.
+    """
+    activation = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}[kind]
+    inner = g.op("Mul", activation(g, g.cast(gate, FP32)), g.cast(up, FP32))
+    if g.compute == FP32:
+        return g.op("Gemm", inner, down, transB=1)
+    largest = g.op("ReduceMax", g.op("Abs", inner), g.const([-1]), keepdims=1)
+    scale = g.op("Max", largest, g.const(1.0, np.float32))
+    out = g.op("Gemm", g.cast(g.op("Div", inner, scale), g.compute), down, transB=1)
+    return g.op("Mul", g.cast(out, FP32), scale)
 
 
 def add_residual(g: Graph, x: str, branch: str, scale: float) -> str:

@@ -27,6 +27,7 @@ from runtime.rope import RopeTable
 from runtime.storage import open_file
 
 _DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
+_NUMPY = {torch.float16: np.float16, torch.float32: np.float32}
 _CHUNK_BYTES = 16 << 20
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _CUDA_CURE = (
@@ -65,7 +66,8 @@ class OnnxRuntimeBackend:
                 if config.mlp_size(layer):
                     self._mlps[layer] = factory.open(f"mlp_{layer:02d}")
         self._rope = RopeTable(config.rope)
-        self._mask = np.zeros((0, 0), dtype=np.float32)
+        self._mask: tuple[tuple[int, int], np.ndarray] = ((0, 0), np.zeros((0, 0), dtype=np.float32))
+        self._no_past = [np.zeros((1, *row), _NUMPY[dtype]) for row in config.attention.cache_rows]
 
     @staticmethod
     def weight_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
@@ -83,24 +85,27 @@ class OnnxRuntimeBackend:
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual after attention [S, H] fp32 and h [S, H]; writes the new rows into `cache`."""
         cos, sin = self._rope.rows(cache.length, x.shape[0])
+        past_k, past_v = self._no_past
+        if cache.length:
+            past_k, past_v = (rows[layer, : cache.length].numpy() for rows in (cache.keys, cache.values))
         feeds = {
             "x": x.numpy(),
             "cos": cos.numpy(),
             "sin": sin.numpy(),
-            "mask": self._causal_mask(x.shape[0]),
-            "past_k": cache.keys[layer, : cache.length].numpy(),
-            "past_v": cache.values[layer, : cache.length].numpy(),
+            "mask": self._causal_mask(cache.length, x.shape[0]),
+            "past_k": past_k,
+            "past_v": past_v,
         }
         x_attn, h, keys, values = _run(self._blocks[layer], ("x_attn", "h", "k_new", "v_new"), feeds)
         cache.write(layer, keys, values)
         return x_attn, h
 
     def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        """h [S, H] to [S, H]."""
+        """h [S, H] to [S, H] fp32."""
         return _run(self._mlps[layer], ("out",), {"h": h.numpy()})[0]
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """h [n, H] and the fp16 values of a blob to [n, H]."""
+        """h [n, H] and the fp16 values of a blob to [n, H] fp32."""
         feeds = {"h": h.numpy()}
         values, start = slot.numpy(), 0
         for name, shape in self._config.expert_shapes.items():
@@ -123,10 +128,17 @@ class OnnxRuntimeBackend:
             with factory.weights(EMBED_FILE):
                 return factory.open("head")
 
-    def _causal_mask(self, count: int) -> np.ndarray:
-        if self._mask.shape[0] != count:
-            self._mask = np.triu(np.full((count, count), -np.inf, dtype=np.float32), 1)
-        return self._mask
+    def _causal_mask(self, past: int, count: int) -> np.ndarray:
+        """[S, T + S]: token i sees the past and new tokens up to itself; without a past, T is one hidden row.
+
+        Kept for the next layers. The graphs know no T = 0: products with an empty past kill ONNX Runtime up to 1.31
+        (a division by zero in its fused transpose and product).
+        """
+        if self._mask[0] != (past, count):
+            hidden = np.full((count, count), -np.inf, dtype=np.float32)
+            before = np.full((count, max(past, 1)), 0 if past else -np.inf, dtype=np.float32)
+            self._mask = (past, count), np.concatenate([before, np.triu(hidden, 1)], axis=1)
+        return self._mask[1]
 
 
 class _SessionFactory:

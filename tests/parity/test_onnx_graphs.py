@@ -46,7 +46,7 @@ def test_only_operators_of_the_table(made: HandMade) -> None:
         name: (int(since), set(parts.split(", ")))
         for name, since, parts in re.findall(r"^\| (\w+) \| (\d+) \| ([\w, ]+) \|", OPERATORS.read_text(), re.M)
     }
-    assert len(table) == 24
+    assert len(table) == 27
     for path in graphs(made):
         model = onnx.load(path, load_external_data=False)
         assert (model.ir_version, [(o.domain, o.version) for o in model.opset_import]) == (8, [("", 18)])

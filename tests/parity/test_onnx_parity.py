@@ -105,7 +105,7 @@ def test_mlp(case: Case, count: int) -> None:
     for layer in layers:
         h = case.random(count, case.config.hidden_size).to(case.dtype)
         expected = reference_mlp(case.config, case.made.files[layer_file(layer)], h.double())
-        case.check(case.backend.run_mlp(layer, h), expected, case.dtype)
+        case.check(case.backend.run_mlp(layer, h), expected, torch.float32)
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -116,7 +116,22 @@ def test_expert_from_a_slot(case: Case, count: int) -> None:
     padding = torch.full((100,), torch.nan, dtype=torch.float16)
     slot = torch.cat([*(tensor.flatten() for tensor in blob.values()), padding])
     h = case.random(count, case.config.hidden_size).to(case.dtype)
-    case.check(case.backend.run_expert(h, slot), reference_expert(case.config, h.double(), blob), case.dtype)
+    case.check(case.backend.run_expert(h, slot), reference_expert(case.config, h.double(), blob), torch.float32)
+
+
+def test_massive_activations_do_not_overflow(case: Case) -> None:
+    """One row whose inner values reach 200 x 200 x 7 and its output more: beyond fp16's 65,504, beside a plain row."""
+    shapes = case.config.expert_shapes
+    blob = {name: (case.random(*shape) / shape[1] ** 0.5).half() for name, shape in shapes.items()}
+    blob["up"] *= 7
+    h = case.random(2, case.config.hidden_size)
+    h[0] *= 200
+    h = h.to(case.dtype)
+    expected = reference_expert(case.config, h.double(), blob)
+    assert expected[0].abs().max() > 65_504
+    found = case.backend.run_expert(h, torch.cat([tensor.flatten() for tensor in blob.values()]))
+    for row in range(2):
+        case.check(found[row], expected[row], torch.float32)
 
 
 def test_embedding_and_head(case: Case) -> None:
