@@ -80,8 +80,8 @@ class BundleWriter:
             buffers.put(mmap.mmap(-1, CHUNK_BYTES))  # page-aligned, as O_DIRECT wants it
         try:
             return self._run(files, buffers, progress)
-        except (CheckpointError, SyncError):
-            self.discard()  # neither a bad checkpoint nor a bad disk gets better by resuming
+        except (CheckpointError, SyncError) as error:
+            self._discard(error)  # neither a bad checkpoint nor a bad disk gets better by resuming
             raise
 
     def finish(self, manifest: bytes) -> None:
@@ -100,8 +100,8 @@ class BundleWriter:
                 else:
                     fs.rename(self.staging, self.out)
                 synced(fs.sync_directory, self.out.parent)
-        except SyncError:
-            self.discard()
+        except SyncError as error:
+            self._discard(error)
             raise
         try:
             fs.remove_tree(self.work)
@@ -110,12 +110,6 @@ class BundleWriter:
                 f"{self.out}: complete, but its leftovers could not be removed ({error.strerror}); "
                 f"run: rm -r '{self.work}'"
             ) from error
-
-    def discard(self) -> None:
-        """Forget what was staged: the next export starts from nothing."""
-        with disk_errors(self.work):
-            self._fs.remove(self.work / "journal")
-            self._fs.remove_tree(self.work)
 
     def close(self) -> None:
         """Close journal and lock; what is staged stays for the next export."""
@@ -127,6 +121,14 @@ class BundleWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _discard(self, error: CheckpointError | SyncError) -> None:
+        """Forget what was staged, so that the next export starts from nothing."""
+        try:
+            self._fs.remove(self.work / "journal")
+            self._fs.remove_tree(self.work)
+        except OSError as second:
+            raise type(error)(f"{error}\n  run: rm -r '{self.work}' ({second.strerror})") from error
 
     def _run(
         self,

@@ -19,12 +19,8 @@ class Mixtral(Family):
     def parse(self, raw: dict[str, Any]) -> ModelConfig:
         """See Family.parse."""
         o = Options(raw)
-        hidden, heads, layers = (
-            o.integer("hidden_size"),
-            o.integer("num_attention_heads"),
-            o.integer("num_hidden_layers"),
-        )
-        context = o.integer("max_position_embeddings")
+        hidden, heads, layers = o.size("hidden_size"), o.size("num_attention_heads"), o.size("num_hidden_layers")
+        context = o.size("max_position_embeddings")
         head_dim = o.size("head_dim", hidden // heads)
         o.full_attention(True, context)
         config = ModelConfig(

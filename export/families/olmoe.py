@@ -17,12 +17,8 @@ class Olmoe(Family):
     def parse(self, raw: dict[str, Any]) -> ModelConfig:
         """See Family.parse."""
         o = Options(raw)
-        hidden, heads, layers = (
-            o.integer("hidden_size"),
-            o.integer("num_attention_heads"),
-            o.integer("num_hidden_layers"),
-        )
-        context = o.integer("max_position_embeddings")
+        hidden, heads, layers = o.size("hidden_size"), o.size("num_attention_heads"), o.size("num_hidden_layers")
+        context = o.size("max_position_embeddings")
         head_dim = hidden // heads
         bias = o.flag("attention_bias", False)
         config = ModelConfig(
