@@ -177,8 +177,12 @@ class Engine:
         if not options.direct_io:
             self.notes.append("reads: buffered, as asked for with --no-direct-io")
         with torch.inference_mode():
-            backend = backends.create(self.backend_name, bundle, dtype)
+            backend = self._backend = backends.create(self.backend_name, bundle, dtype)
             router = Router.load(bundle, options.router, backend.device)
+        if backend.name == "torch" and self.dtype_name == "fp16" and backend.arithmetic == "torch":
+            self.notes.append(
+                "arithmetic: torch alone, slower than the compiled kernel: install a C compiler, then the package again"
+            )
         self._arena = Arena(self.slots.total, layout.file_bytes, layout.bytes)
         self._loader = Loader(self._storage, bundle.blob_checksums(), layout.file_bytes, options.read_threads)
         self._stack.callback(self._loader.close)
@@ -256,6 +260,7 @@ class Engine:
             "model": self.bundle.manifest.source.name,
             "source_fingerprint": self.bundle.manifest.source.fingerprint,
             "backend": self.backend_name,
+            "arithmetic": self._backend.arithmetic,
             "dtype": self.dtype_name,
             "router": self.options.router,
             "policy": self.options.policy,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from runtime.backends.products import Products
 from runtime.config import AttentionConfig, ModelConfig
 from runtime.kv_cache import KVCache
 from runtime.rope import RopeTable, rotate
@@ -24,7 +25,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class Attention:
     """Attention of any layer of one model; the weights are given with the call."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, products: Products) -> None:
+        self._products = products
         self._config: AttentionConfig = config.attention
         self._norm_eps = config.norm_eps
         self._rope = RopeTable(config.rope)
@@ -32,11 +34,11 @@ class Attention:
     def __call__(self, weights: Weights, layer: int, h: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Normed input h [S, H] to the attention's output [S, H], before the residual."""
         attend = self._latent if self._config.kind == "mla" else self._grouped
-        return functional.linear(attend(weights, layer, h, cache), weights["o"], weights.get("o_bias"))
+        return self._products.linear(attend(weights, layer, h, cache), weights["o"], weights.get("o_bias"))
 
     def _grouped(self, weights: Weights, layer: int, h: torch.Tensor, cache: KVCache) -> torch.Tensor:
         a, count = self._config, h.shape[0]
-        projected = functional.linear(h, weights["qkv"], weights.get("qkv_bias"))
+        projected = self._products.linear(h, weights["qkv"], weights.get("qkv_bias"))
         q_size, k_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         q, k, v = projected.split([q_size, k_size, a.num_kv_heads * a.v_head_dim], dim=-1)
         if a.qk_norm == "full":
@@ -67,13 +69,13 @@ class Attention:
         """Absorbed form of MLA (arXiv 2405.04434): queries are taken into the latent space, values out of it."""
         a, count = self._config, h.shape[0]
         if a.q_lora_rank is None:
-            q = functional.linear(h, weights["q"])
+            q = self._products.linear(h, weights["q"])
         else:
-            low = rms_norm(functional.linear(h, weights["q_a"]), weights["q_a_norm"], a.latent_norm_eps)
-            q = functional.linear(low, weights["q_b"])
+            low = rms_norm(self._products.linear(h, weights["q_a"]), weights["q_a_norm"], a.latent_norm_eps)
+            q = self._products.linear(low, weights["q_b"])
         q = (q.float() * a.scale).to(h.dtype)  # before the products: scores without it can leave the range of fp16
         q_plain, q_rope = q.unflatten(-1, (a.num_heads, -1)).split([a.head_dim, a.rope_head_dim], dim=-1)
-        latent, k_rope = functional.linear(h, weights["kv_a"]).split([a.kv_lora_rank, a.rope_head_dim], dim=-1)
+        latent, k_rope = self._products.linear(h, weights["kv_a"]).split([a.kv_lora_rank, a.rope_head_dim], dim=-1)
         cos, sin = self._rope.rows(cache.length, count)
         latent = rms_norm(latent, weights["kv_a_norm"], a.latent_norm_eps)
         cache.write(layer, latent, rotate(k_rope[:, None], cos, sin)[:, 0])

@@ -19,6 +19,7 @@ class Backend(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+    arithmetic: str  # what computes one token's products, for people and records
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [S] (int64, CPU) to x [S, H] fp32."""

@@ -51,6 +51,7 @@ class OnnxRuntimeBackend:
         """
         self._config = bundle.config
         self.device = torch.device("cpu")
+        self.arithmetic = f"ONNX Runtime, {provider}"
         self.dtype = dtype
         dtype_name = _graph_dtype(bundle, dtype)
         factory = _SessionFactory(bundle, dtype_name, threads or torch.get_num_threads(), provider)

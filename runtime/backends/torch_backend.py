@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch.nn import functional
 
 from runtime.backends.attention import Attention, rms_norm
+from runtime.backends.products import Products
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig
 from runtime.dense import load_tensors
 from runtime.kv_cache import KVCache
 from runtime.layout import EMBED_FILE, HEAD_FILE, embed_tensors, head_tensors, layer_file, layer_tensors
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-}
 
 
 class TorchBackend:
@@ -33,12 +23,13 @@ class TorchBackend:
         self.device = torch.device("cpu")
         self.dtype = dtype
         self._config: ModelConfig = config
-        self._activation = _ACTIVATIONS[config.activation]
+        self._products = Products(dtype, config.activation)
+        self.arithmetic = self._products.name
         self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
         head = self._load(bundle, HEAD_FILE, head_tensors(config))
         self._norm, self._head = head["norm"], head.get("head", self._embed)
         self._layers = [self._load(bundle, layer_file(n), layer_tensors(config, n)) for n in range(config.num_layers)]
-        self._attention = Attention(config)
+        self._attention = Attention(config, self._products)
         inner, hidden = config.expert_intermediate_size, config.hidden_size
         self._split = 2 * inner * hidden
         self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
@@ -64,35 +55,27 @@ class TorchBackend:
 
     def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
-        out = self._gated(h, weights["mlp.gate_up"], weights["mlp.down"])
+        out = self._products.gated(h, weights["mlp.gate_up"], weights["mlp.down"])
         if "mlp.router" in weights:
-            out = out * functional.linear(h, weights["mlp.router"]).float().sigmoid()
+            out = out * self._products.linear_fp32(h, weights["mlp.router"]).sigmoid()
         return out
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         if self._scratch is not None:
             slot = self._scratch.copy_(slot)
-        return self._gated(h, slot[: self._split].view(self._gate_up_shape), slot[self._split :].view(self._down_shape))
+        gate_up, down = slot[: self._split], slot[self._split :]
+        return self._products.gated(h, gate_up.view(self._gate_up_shape), down.view(self._down_shape))
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(x, self._norm, self._config.norm_eps).to(self.dtype)
-        return functional.linear(normed, self._head).float() * self._config.logits_scale
+        return self._products.linear_fp32(normed, self._head) * self._config.logits_scale
 
     def synchronise(self) -> None:
         """Nothing to wait for: CPU calls return when they are done."""
 
     def _load(self, bundle: Bundle, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        return {tensor: values.to(self.dtype) for tensor, values in load_tensors(bundle, name, shapes).items()}
-
-    def _gated(self, h: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """act(gate) * up through down, fp32.
-
-        Real models have tokens whose inner values or outputs leave the range of fp16 (65,504), so there each row is
-        divided by its largest inner value before the last product, and multiplied by it after.
-        """
-        gate, up = functional.linear(h, gate_up).chunk(2, dim=-1)
-        if self.dtype != torch.float16:
-            return functional.linear(self._activation(gate) * up, down).float()
-        inner = self._activation(gate.float()) * up
-        scale = inner.abs().amax(dim=-1, keepdim=True).clamp_(min=1.0)
-        return functional.linear((inner / scale).half(), down).float() * scale
+        """Weights in the compute dtype; those of norms in fp32, in which norms are computed."""
+        return {
+            tensor: values.to(torch.float32 if tensor.endswith("norm") else self.dtype)
+            for tensor, values in load_tensors(bundle, name, shapes).items()
+        }

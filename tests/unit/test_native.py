@@ -1,0 +1,92 @@
+"""The compiled kernel against fp64, for every instruction set of this processor, and its threads."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import threading
+
+import pytest
+import torch
+
+from runtime import native
+from runtime.native import Gemv
+
+SHAPES = [(1, 1), (3, 7), (4, 8), (33, 40), (50, 577), (257, 1408), (2048, 576)]
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    """The built library. Where there is a compiler its absence is an error."""
+    path = native.library_path()
+    if path is None:
+        assert shutil.which("cc") is None, "a compiler is here but the kernel was not built: run `make venv`"
+        pytest.skip("no C compiler, so no kernel")
+    return ctypes.CDLL(str(path))
+
+
+def start(library: ctypes.CDLL, level: str, threads: int = 1) -> Gemv:
+    try:
+        return Gemv(library, threads, LEVELS[level])
+    except OSError:
+        pytest.skip(f"this processor has no {level}")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_equal_fp64(library: ctypes.CDLL, level: str) -> None:
+    kernel = start(library, level)
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in SHAPES:
+        weight = torch.randn(rows, columns, generator=generator).half()
+        x = torch.randn(1, columns, generator=generator)
+        exact = x.double() @ weight.double().T
+        # fp32 sums of up to 1408 products of size one: 2^-24 per addition, with room.
+        assert torch.allclose(kernel.linear(x, weight).double(), exact, atol=1e-6 * columns), (rows, columns)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_special_halves_are_read_right(library: ctypes.CDLL, level: str) -> None:
+    values = [0.0, -0.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-24), 2.0**-14, 1.0009765625, 1023 * 2.0**-24]
+    weight = torch.tensor(values).half()[:, None]
+    found = start(library, level).linear(torch.ones(1, 1), weight)[0]
+    assert found.tolist() == values
+
+
+def test_threads_give_the_same_bits(library: ctypes.CDLL) -> None:
+    weight, x = torch.randn(999, 300).half(), torch.randn(1, 300)
+    one = Gemv(library, 1).linear(x, weight)
+    several = Gemv(library, 3)
+    for _ in range(200):
+        assert torch.equal(several.linear(x, weight), one)
+
+
+def test_callers_take_turns(library: ctypes.CDLL) -> None:
+    kernel = Gemv(library, 2)
+    weights = [torch.randn(400, 200).half() for _ in range(3)]
+    x = torch.randn(1, 200)
+    expected = [kernel.linear(x, w) for w in weights]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(kernel.linear(x, weights[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gated_mlp_equals_fp64_beyond_the_range_of_fp16(library: ctypes.CDLL) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate_up = (20 * torch.randn(2 * 40, 64, generator=generator)).half()
+    down = (20 * torch.randn(64, 40, generator=generator)).half()
+    x = torch.randn(1, 64, generator=generator)
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=-1)
+    exact = (torch.nn.functional.silu(gate) * up) @ down.double().T
+    assert float(exact.abs().max()) > 65504
+    assert torch.allclose(Gemv(library, 2).gated_mlp(x, gate_up, down).double(), exact, rtol=1e-4, atol=1.0)
