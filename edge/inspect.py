@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge import console
+from edge.boards import BOARDS, board_plan
 from runtime import layout
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig
@@ -48,7 +49,7 @@ def model_figures(config: ModelConfig) -> dict[str, Any]:
     tensors = [layout.embed_tensors(config), layout.head_tensors(config)]
     tensors += [layout.layer_tensors(config, layer) for layer in range(config.num_layers)]
     row_values = sum(math.prod(row) for row in config.attention.cache_rows)
-    return {
+    figures = {
         "family": config.family,
         "layers": config.num_layers,
         "moe_layers": moe_layers,
@@ -64,8 +65,10 @@ def model_figures(config: ModelConfig) -> dict[str, Any]:
         "expert_bytes": moe_layers * experts * blob_bytes,
         "dense_bytes": _VALUE_BYTES * sum(math.prod(shape) for group in tensors for shape in group.values()),
         "router_bytes": 4 * sum(math.prod(shape) for shape in layout.router_tensors(config).values()),
+        "kv_values_per_layer": row_values,
         "kv_bytes_per_token": _VALUE_BYTES * config.num_layers * row_values,
     }
+    return {**figures, "boards": [board_plan(board, figures) for board in BOARDS]}
 
 
 def _of_bundle(path: Path) -> dict[str, Any]:
@@ -121,8 +124,9 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("one token cycle", f"{size(f['token_cycle_bytes'])} ({f['moe_layers'] * f['top_k']} blobs)"),
         ("all experts", size(f["expert_bytes"])),
         ("dense weights", size(f["dense_bytes"])),
-        ("KV cache per token", f"{size(f['kv_bytes_per_token'])} in fp16"),
+        ("KV cache per token", f"{size(f['kv_bytes_per_token'])} in fp16, {f['kv_values_per_layer']} values per layer"),
         ("router", size(f["router_bytes"])),
+        *((f"{plan['board']} board", _slots_in_words(f, plan)) for plan in f["boards"]),
     ]
     if f["kind"] == "bundle":
         rows += [
@@ -134,3 +138,13 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             ("made by", f"{f['generator']}, format {f['format_version']}"),
         ]
     return rows
+
+
+def _slots_in_words(f: dict[str, Any], plan: dict[str, Any]) -> str:
+    size = console.format_bytes
+    slots, experts = plan["slots_per_layer"], f["experts"]
+    beside = f"beside dense weights and {plan['context']} tokens of KV cache"
+    if not plan["runs"]:
+        need = f["token_cycle_bytes"]
+        return f"does not run: {size(plan['expert_bytes'])} are left {beside}, a token's experts need {size(need)}"
+    return f"{slots} slots per layer, {slots / experts:.0%} of all experts: {size(plan['expert_bytes'])} {beside}"
