@@ -11,7 +11,7 @@ OUT      ?= out
 TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 VENV_ARGS ?=
-PROMPT   ?= The capital of France is
+PROMPT   ?= Write a short story about a lighthouse keeper.
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -43,7 +43,8 @@ demo: $(VENV)/.installed ## export a small mixture of experts and let it speak t
 	$(BIN)/python -m demo.build --out $(OUT)/demo-checkpoint
 	@# A whole bundle of an earlier call is kept; export itself resumes an interrupted one.
 	test -f $(OUT)/demo.bundle/manifest.json || $(BIN)/edge export $(OUT)/demo-checkpoint $(OUT)/demo.bundle
-	$(BIN)/edge generate $(OUT)/demo.bundle --prompt "$(PROMPT)" --max-new-tokens 64
+	@# Half of the 16 experts per layer have a slot, so that experts really come from the disk while it speaks.
+	$(BIN)/edge generate $(OUT)/demo.bundle --chat --prompt "$(PROMPT)" --max-new-tokens 64 --slots-per-layer 8
 
 test: $(VENV)/.installed-test ## all tests (a GPU is used where there is one)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
