@@ -167,7 +167,8 @@ print(resident() - before, OnnxRuntimeBackend.weight_bytes(bundle, dtype))
 def test_memory_is_what_weight_bytes_says(tmp_path: Path, dtype: str) -> None:
     """57 M weights: 100 steps later the process holds the stated 4 bytes of each, and at most 32 MB for the rest.
 
-    One more copy (prepacked, mapped, or not released) would be 113 MB or more.
+    One more copy (prepacked, mapped, or not released) would be 113 MB or more. fp16 may take less: releases before 1.23
+    have an fp16 product, a slow one, and keep the weights as they are.
     """
     config = replace(MODELS["mha"], hidden_size=512, vocab_size=50_000, dense_intermediate_size=20_000)
     made = make_bundle(tmp_path / "bundle", config)
@@ -179,4 +180,5 @@ def test_memory_is_what_weight_bytes_says(tmp_path: Path, dtype: str) -> None:
     embedding = tensors.pop(("dense/embed.safetensors", "embed"))
     assert stated == 4 * sum(tensors.values()) + 2 * embedding
     assert stated > 4 * 56e6
-    assert abs(held - stated) < 32e6
+    assert held - stated < 32e6
+    assert dtype == "float16" or stated - held < 32e6
