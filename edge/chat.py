@@ -135,4 +135,5 @@ def _read_line() -> str | None:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            console.note("\n/exit or Ctrl-D leaves")
+            print(file=sys.stderr)  # leave the line that was begun
+            console.note("/exit or Ctrl-D leaves")

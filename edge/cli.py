@@ -158,5 +158,7 @@ def _unexpected(error: Exception, debug: bool) -> str:
     hint = "" if debug else "\n  run again with --debug to see where"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "") + hint
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the Python package {error.name!r} is not installed for {sys.executable}\n  run: make venv"
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"unexpected {text}{hint}"

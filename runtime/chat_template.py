@@ -40,7 +40,10 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     command = [sys.executable, "-I", str(_WORKER), str(Path(jinja2.__file__).parents[1])]
     try:
         data = json.dumps(request | limits).encode()
-        done = subprocess.run(command, input=data, capture_output=True, timeout=_WALL_S, check=False)
+        # In a session of its own, so that a Ctrl-C at the terminal is ours to answer.
+        done = subprocess.run(
+            command, input=data, capture_output=True, timeout=_WALL_S, check=False, start_new_session=True
+        )
     except subprocess.TimeoutExpired:
         raise _refused(f"it did not end within {_WALL_S} s") from None
     if done.returncode < 0:

@@ -94,6 +94,11 @@ def test_wrong_words_exit_2_and_say_what_to_run(
             1,
             "edge: error: unexpected ZeroDivisionError: by zero\n  run again with --debug",
         ),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            1,
+            "edge: error: the Python package 'x' is not installed",
+        ),
         (KeyboardInterrupt(), 130, "edge: error: interrupted\n"),
     ],
 )
