@@ -11,6 +11,7 @@ UNKNOWN = "-"
 def summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Rows (name, value) of Engine.report(). What was not measured is a dash, never a zero."""
     tpot, plan = report["tpot_ms"], report["memory_plan_bytes"]["total_bytes"]
+    code, peak = report["mapped_code_bytes"], report["peak_rss_bytes"] - report["mapped_code_bytes"]
     cache = f"{report['policy']}, {report['slots']} experts in {_number(report['expert_budget_bytes'], 1e6, 'MB')}"
     return [
         ["tokens", f"{report['prompt_tokens']} read, {len(report['token_ids'])} written ({report['finish_reason']})"],
@@ -19,8 +20,12 @@ def summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
         ["speed", _number(report["tokens_per_s"], 1, "tokens/s")],
         ["hit rate", f"{_number(report['hit_rate'], 0.01, '%')} ({cache})"],
         ["read", f"{_number(report['expert_bytes_per_token'], 1e6, 'MB per token')}, {_rate(report)}"],
-        ["memory", f"peak {_number(report['peak_rss_bytes'], 1e6, 'MB')} of {_number(plan, 1e6, 'MB')} planned"],
+        ["memory", f"peak {_mb(peak)} of {_mb(plan)} planned, and {_mb(code)} of mapped code"],
     ]
+
+
+def _mb(size_bytes: int) -> str:
+    return _number(size_bytes, 1e6, "MB")
 
 
 def _rate(report: Mapping[str, Any]) -> str:

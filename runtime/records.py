@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import psutil
+
 from runtime.cache import CacheStats
 from runtime.decoder import Timing
 from runtime.errors import UsageError
@@ -96,6 +98,7 @@ class Summary:
     read_bytes_per_s: float | None = None
     prefill_bytes: int = 0
     peak_rss_bytes: int = 0
+    mapped_code_bytes: int = 0
     retries: int = 0
 
     def add(self, records: list[TokenRecord]) -> None:
@@ -116,6 +119,7 @@ class Summary:
         if busy_ms:
             self.read_bytes_per_s = sum(r.bytes for r in records) / busy_ms * 1000
         self.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.mapped_code_bytes = psutil.Process().memory_info().shared
 
 
 class Recorder:

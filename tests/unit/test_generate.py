@@ -300,10 +300,11 @@ def test_the_table_shows_a_dash_for_what_was_not_measured() -> None:
     unknown = {"ttft_ms", "tokens_per_s", "hit_rate", "expert_bytes_per_token", "read_bytes_per_s"}
     values: dict[str, Any] = dict.fromkeys(unknown)
     values |= {"tpot_ms": {}, "memory_plan_bytes": {"total_bytes": 2_500_000_000}, "peak_rss_bytes": 1_230_000_000}
+    values |= {"mapped_code_bytes": 230_000_000}
     values |= {"policy": "lru", "slots": 24, "expert_budget_bytes": 415_000_000, "direct_io": False}
     values |= {"prompt_tokens": 3, "token_ids": [], "finish_reason": "interrupted"}
     rows = dict(report.summary_rows(values))
     assert rows["TPOT"] == "median - ms, p95 - ms"
     assert rows["hit rate"] == "- % (lru, 24 experts in 415 MB)"
     assert rows["read"] == "- MB per token, - GB/s through the page cache"
-    assert rows["memory"] == "peak 1230 MB of 2500 MB planned"
+    assert rows["memory"] == "peak 1000 MB of 2500 MB planned, and 230 MB of mapped code"
