@@ -1,0 +1,227 @@
+"""The ceiling of everything that streams: how fast this disk reads with O_DIRECT, and how fast it writes.
+
+python -m bench.disk out/demo.bundle       read the blobs of a bundle (or any large files)
+python -m bench.disk out/scratch --write   write a scratch file there, and read that
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.common import GB, MB, conclude, interleaved, page_aligned, run_main, say
+from runtime.errors import EdgeError, UsageError
+from runtime.layout import PAGE_BYTES
+
+MIB = 1 << 20
+BLOCKS = (1 * MIB, 4 * MIB, 16 * MIB, None)  # None: a whole file at once
+THREADS = (1, 2, 4, 8)
+_LARGEST_BLOCK = 64 * MIB
+_WRITE_BLOCK = 8 * MIB
+
+Piece = tuple[int, int, int]  # descriptor, offset, bytes
+
+
+@dataclass(frozen=True)
+class ReadRates:
+    """Median rates in bytes/s by (block bytes or None, threads)."""
+
+    by_setting: dict[tuple[int | None, int], float]
+
+    @property
+    def best(self) -> float:
+        """Rate of the best setting."""
+        return max(self.by_setting.values())
+
+    @property
+    def best_setting(self) -> tuple[int | None, int]:
+        """Block bytes (None: whole files) and threads of the best setting."""
+        return max(self.by_setting, key=self.by_setting.__getitem__)
+
+    def best_for_block(self, block: int | None) -> float:
+        """Best rate over the numbers of threads for one block size."""
+        return max(rate for (size, _), rate in self.by_setting.items() if size == block)
+
+
+class RawReader:
+    """Reads pieces of files into a buffer per thread with O_DIRECT; nothing is hashed, nothing is kept."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Open every file. Raises UsageError for none at all or one that O_DIRECT cannot open."""
+        if not files:
+            raise UsageError("no files to read: give a bundle, or files of some megabytes")
+        self._files: list[tuple[int, int]] = []
+        try:
+            for path in files:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                self._files.append((descriptor, os.fstat(descriptor).st_size // PAGE_BYTES * PAGE_BYTES))
+        except OSError as error:
+            self.close()
+            raise UsageError(f"{error.filename}: cannot be read with O_DIRECT ({error.strerror})") from None
+        longest = min(_LARGEST_BLOCK, max(size for _, size in self._files))
+        self._buffers = [page_aligned(max(longest, 16 * MIB)) for _ in range(max(THREADS))]
+        self._random = random.Random(0)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor, _ in self._files:
+            os.close(descriptor)
+        self._files = []
+
+    def rate(self, block: int | None, threads: int, total_bytes: int) -> float:
+        """Bytes per second over about `total_bytes` in random order."""
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        asked = 0
+        for piece in self._pieces(block, total_bytes):
+            pieces.put(piece)
+            asked += piece[2]
+        failures: list[OSError] = []
+        workers = [
+            threading.Thread(target=_read_all, args=(pieces, buffer, failures)) for buffer in self._buffers[:threads]
+        ]
+        begin = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        seconds = time.perf_counter() - begin
+        if failures:
+            raise EdgeError(f"reading failed: {failures[0].strerror}")
+        return asked / seconds
+
+    def _pieces(self, block: int | None, total_bytes: int) -> list[Piece]:
+        order = [(fd, offset, step) for fd, size in self._files for offset, step in _cut(size, block)]
+        self._random.shuffle(order)
+        chosen: list[Piece] = []
+        asked = 0
+        while asked < total_bytes:
+            piece = order[len(chosen) % len(order)]
+            chosen.append(piece)
+            asked += piece[2]
+        return chosen
+
+
+def measure_reads(
+    files: Sequence[Path], bytes_each: int = 256 * MIB, rounds: int = 3, threads: Sequence[int] = THREADS
+) -> ReadRates:
+    """Rates over all block sizes and `threads`, interleaved. Raises UsageError for files that cannot be read."""
+    reader = RawReader(files)
+    settings = {f"{block} {count}": (block, count) for block in BLOCKS for count in threads}
+    try:
+        results = interleaved(
+            {
+                name: lambda block=block, count=count: reader.rate(block, count, bytes_each)  # type: ignore[misc]
+                for name, (block, count) in settings.items()
+            },
+            rounds,
+        )
+    finally:
+        reader.close()
+    return ReadRates({settings[name]: statistics.median(rates) for name, rates in results.items()})
+
+
+def measure_write(folder: Path, total_bytes: int = 1024 * MIB) -> float:
+    """Bytes per second of writing one file in order, fsync included. Raises EdgeError when the disk is full."""
+    path = folder / f"write-{os.getpid()}.scratch"
+    try:
+        return write_file(path, total_bytes)
+    except OSError as error:
+        raise EdgeError(f"{path}: {error.strerror}") from None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, total_bytes: int) -> float:
+    """Write random bytes with O_DIRECT, fsync; returns bytes per second. Raises OSError."""
+    view = page_aligned(_WRITE_BLOCK)
+    view[:] = random.Random(0).randbytes(_WRITE_BLOCK)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    try:
+        begin, done = time.perf_counter(), 0
+        while done < total_bytes:
+            done += os.write(descriptor, view)
+        os.fsync(descriptor)
+        return done / (time.perf_counter() - begin)
+    finally:
+        os.close(descriptor)
+
+
+def blob_files(path: Path) -> list[Path]:
+    """The expert blobs of a bundle, or the large files of any other folder, or the file itself."""
+    if path.is_file():
+        return [path]
+    blobs = sorted(path.glob("experts/*/*.fp16"))
+    return blobs or sorted(f for f in path.rglob("*") if f.is_file() and f.stat().st_size >= MIB)
+
+
+def print_reads(rates: ReadRates) -> None:
+    """A table: a row per block size, a column per number of threads."""
+    columns = sorted({count for _, count in rates.by_setting})
+    say("read MB/s, O_DIRECT, random order   " + "  ".join(f"{n:>2} thread{'s' if n > 1 else ' '}" for n in columns))
+    for block in BLOCKS:
+        name = "whole files" if block is None else f"{block // MIB} MiB blocks"
+        cells = "  ".join(f"{rates.by_setting[block, n] / MB:10.0f}" for n in columns)
+        say(f"  {name:32} {cells}")
+
+
+def _read_all(pieces: queue.SimpleQueue[Piece], buffer: memoryview, failures: list[OSError]) -> None:
+    while not failures:
+        try:
+            descriptor, offset, size = pieces.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            if os.preadv(descriptor, [buffer[:size]], offset) != size:
+                raise OSError(0, "a read came back short")
+        except OSError as error:
+            failures.append(error)
+
+
+def _cut(size: int, block: int | None) -> list[tuple[int, int]]:
+    step = min(block or size, size, _LARGEST_BLOCK)
+    return [(offset, min(step, size - offset)) for offset in range(0, size, step)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.disk", description="raw read and write rate of a disk")
+    parser.add_argument("path", type=Path, help="a bundle, a file, or a folder on the disk")
+    parser.add_argument("--write", action="store_true", help="write a scratch file of 2 GiB in the folder and use that")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(argv)
+    return run_main(lambda: run(options.path, options.write, options.rounds))
+
+
+def run(path: Path, write: bool, rounds: int) -> None:
+    """Measure and print."""
+    scratch = path / f"read-{os.getpid()}.scratch"
+    write_rate = None
+    try:
+        if write:
+            path.mkdir(parents=True, exist_ok=True)
+            write_rate = write_file(scratch, 2048 * MIB)
+            say(f"write MB/s, O_DIRECT + fsync, 2 GiB: {write_rate / MB:.0f}")
+        rates = measure_reads([scratch] if write else blob_files(path), rounds=rounds)
+    except OSError as error:
+        raise EdgeError(f"{path}: {error.strerror}") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+    print_reads(rates)
+    block, threads = rates.best_setting
+    size = "whole files" if block is None else f"{block // MIB} MiB"
+    say(f"best: {rates.best / GB:.2f} GB/s ({size}, {threads} threads)")
+    table = [{"block_bytes": b, "threads": n, "bytes_per_s": round(r)} for (b, n), r in rates.by_setting.items()]
+    conclude("disk", {"read": table, "best_read_bytes_per_s": rates.best, "write_bytes_per_s": write_rate})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

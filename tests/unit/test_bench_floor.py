@@ -1,0 +1,170 @@
+"""The arithmetic of the benchmarks' floors, by hand, and the disk and memory tools on small files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import disk
+from bench.cgroup import MemoryGroup, Verdict
+from bench.common import interleaved, median_seconds, page_aligned
+from bench.decode import DecodeOptions, parse_slots
+from bench.disk import MIB, RawReader, ReadRates, blob_files, measure_reads, measure_write
+from bench.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
+from bench.memory_limit import LimitOptions, check_enough, check_refused
+from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
+from runtime.errors import EdgeError, UsageError
+from runtime.records import TokenRecord
+
+COSTS = PartCosts(head_s=5.0, block_s=1.0, shared_s=0.5, expert_s=0.25)
+DISK = Disk(blob_bytes=2_000_000, bytes_per_s=1_000_000.0)  # 2 s per blob
+
+
+def record(hits: list[int], misses: list[int]) -> TokenRecord:
+    zero = dict.fromkeys(TokenRecord.__dataclass_fields__, 0)
+    return TokenRecord(**{**zero, "hits": hits, "misses": misses})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hits", "misses", "seconds"),
+    [
+        (4, 0, 1.0 + (0.5 + 4 * 0.25)),  # nothing to read
+        (3, 1, 1.0 + 2.0 + 0.25),  # reading hides shared and resident experts; the missed one comes last
+        (0, 4, 1.0 + 8.0 + 0.25),  # missed experts but the last are computed while the next is read
+    ],
+)
+def test_layer_floor(hits: int, misses: int, seconds: float) -> None:
+    assert layer_floor(COSTS, DISK, hits, misses) == seconds
+
+
+def test_layer_floor_when_arithmetic_is_the_longer() -> None:
+    fast = Disk(blob_bytes=2_000_000, bytes_per_s=8_000_000.0)  # 0.25 s per blob, 0.5 + 3 * 0.25 s of arithmetic
+    assert layer_floor(COSTS, fast, 3, 1) == 1.0 + 1.25 + 0.25
+
+
+def test_floor_of_tokens_adds_layers_and_head() -> None:
+    tokens = [record([4, 4], [0, 0]), record([3, 4], [1, 0]), record([0, 0], [4, 4])]
+    assert median_floor(COSTS, DISK, tokens) == 5.0 + 3.25 + 2.5
+
+
+def test_active_bytes_by_hand() -> None:
+    config = ModelConfig(
+        family="test",
+        vocab_size=10,
+        hidden_size=8,
+        num_layers=1,
+        max_context=16,
+        norm_eps=1e-6,
+        activation="silu",
+        attention=AttentionConfig("gqa", 2, 1, 4, 4, 4, 0.5),
+        rope=RopeConfig(4, 1e4),
+        router=RouterConfig(num_experts=3, top_k=2),
+        moe_layers=(0,),
+        expert_intermediate_size=6,
+    )
+    norms, qkv, out, head = 8 + 8, (8 + 4 + 4) * 8, 8 * 8, 10 * 8
+    router_bytes, expert_bytes = 4 * 3 * 8, 2 * 3 * 6 * 8
+    assert active_bytes(config) == 2 * (norms + qkv + out + head) + router_bytes + 2 * expert_bytes
+
+
+def test_best_of_read_rates() -> None:
+    rates = ReadRates({(MIB, 1): 1.0, (MIB, 4): 3.0, (None, 1): 2.0})
+    assert (rates.best, rates.best_setting) == (3.0, (MIB, 4))
+
+
+def test_rivals_take_turns() -> None:
+    order: list[str] = []
+    rivals = {name: lambda name=name: float(order.append(name) or len(order)) for name in "ab"}  # type: ignore[misc]
+    assert interleaved(rivals, 2) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
+    assert order == ["a", "b", "a", "b"]
+    assert median_seconds([], 3) == 0.0
+
+
+def test_slots_in_words() -> None:
+    assert parse_slots(["8", "all"]) == (8, 1 << 20)
+    with pytest.raises(UsageError, match="--slots half: expected a number or all"):
+        parse_slots(["half"])
+    assert DecodeOptions((8,)).read_threads > 0
+
+
+@pytest.fixture
+def direct_folder(tmp_path: Path) -> Path:
+    probe = tmp_path / "probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip(f"{tmp_path}: this file system has no O_DIRECT")
+    probe.unlink()
+    return tmp_path
+
+
+class TestDisk:
+    def test_pieces_cover_each_file_once(self, direct_folder: Path) -> None:
+        """A file of 2 MiB and 100 bytes: two blocks, the tail below a page left out."""
+        (direct_folder / "x").write_bytes(bytes(2 * MIB + 100))
+        reader = RawReader([direct_folder / "x"])
+        pieces = sorted(piece[1:] for piece in reader._pieces(MIB, 2 * MIB))
+        assert pieces == [(0, MIB), (MIB, MIB)]
+        assert reader.rate(MIB, 2, 2 * MIB) > 0
+        reader.close()
+
+    def test_every_setting_is_measured(self, direct_folder: Path) -> None:
+        for name in "ab":
+            (direct_folder / name).write_bytes(bytes(MIB))
+        rates = measure_reads([direct_folder / "a", direct_folder / "b"], MIB, rounds=1, threads=(1, 2))
+        assert set(rates.by_setting) == {(block, n) for block in disk.BLOCKS for n in (1, 2)}
+        assert min(rates.by_setting.values()) > 0
+
+    def test_write_leaves_nothing_behind(self, direct_folder: Path) -> None:
+        assert measure_write(direct_folder, 16 * MIB) > 0
+        assert list(direct_folder.iterdir()) == []
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="nothing: cannot be read with O_DIRECT"):
+            RawReader([tmp_path / "nothing"])
+        with pytest.raises(UsageError, match="no files to read"):
+            RawReader([])
+
+    def test_finds_blobs_before_other_files(self, tmp_path: Path) -> None:
+        (tmp_path / "large").write_bytes(bytes(MIB))
+        assert blob_files(tmp_path) == [tmp_path / "large"]
+        blob = tmp_path / "experts/layer_00/expert_000.fp16"
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(b"")
+        assert blob_files(tmp_path) == [blob]
+
+    def test_memory_for_reads_is_page_aligned(self) -> None:
+        import ctypes
+
+        view = page_aligned(8192)
+        assert ctypes.addressof(ctypes.c_char.from_buffer(view)) % 4096 == 0
+        assert len(view) == 8192
+
+
+class TestVerdicts:
+    OPTIONS = LimitOptions(slots=4, tokens=3)
+
+    def verdict(self, code: int = 0, hits: int = 0, kills: int = 0, tokens: int = 3, stderr: str = "") -> Verdict:
+        ids = list(range(tokens))
+        return Verdict(code, f'{{"token_ids": {ids}}}\n', stderr, 1_000_000, 900_000, hits, kills)
+
+    def test_enough(self) -> None:
+        assert check_enough(self.verdict(), self.OPTIONS)["token_ids"] == [0, 1, 2]
+
+    @pytest.mark.parametrize("wrong", [{"hits": 1}, {"kills": 1}, {"tokens": 2}, {"code": 137}])
+    def test_not_enough(self, wrong: dict[str, int]) -> None:
+        with pytest.raises(EdgeError, match=r"the limit was met|ended with exit code 137"):
+            check_enough(self.verdict(**wrong), self.OPTIONS)  # type: ignore[arg-type]
+
+    def test_refusal_needs_the_sum_and_the_code(self) -> None:
+        check_refused(self.verdict(code=2, stderr="edge: error: this run needs experts 1 + ... = 2 MB"))
+        for wrong in (self.verdict(code=1, stderr="this run needs"), self.verdict(code=2, stderr="something else")):
+            with pytest.raises(EdgeError, match="expected a refusal with exit code 2"):
+                check_refused(wrong)
+
+    def test_group_without_rights_says_so(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("bench.cgroup._parent", lambda: (True, tmp_path / "missing"))
+        with pytest.raises(EdgeError, match="a memory control group needs root"):
+            MemoryGroup(1 << 20)
