@@ -1,8 +1,8 @@
 """ONNX Runtime as back-end: the bundle's graphs, one session each, on the CPU or on a CUDA device.
 
-Memory on the CPU: ONNX Runtime has no fp16 GEMM on x86, so it makes an fp32 copy of every weight when a session is
-created, in fp32 and fp16 graphs alike (4 bytes per weight, counted in `weight_bytes`; where a processor has fp16 GEMMs
-this is an upper bound). The stored fp16 weights are mapped only while that copy is made.
+Memory on the CPU: ONNX Runtime makes an fp32 copy of every weight when a session is created, in fp32 and fp16 graphs
+alike: 4 bytes per weight, counted in `weight_bytes`. (Releases before 1.23 keep fp16 weights and multiply them eight
+times slower; there it is an upper bound.) The stored weights are mapped only while that copy is made.
 """
 
 from __future__ import annotations
@@ -204,7 +204,6 @@ class _SessionFactory:
         options.enable_mem_pattern = False
         entries = {
             "session.intra_op.allow_spinning": "0",  # the reader threads need the cores
-            "session.disable_prepacking": "1",  # a second copy of each weight while loading, and no gain in speed
             "session.model_external_initializers_file_folder_path": f"/proc/self/fd/{self._bundle.directory}/dense",
         }
         for key, value in entries.items():
