@@ -4,8 +4,8 @@ PYTHON   ?= python3
 VENV     ?= .venv
 OUT      ?= out
 # The release that the tests run with. Named in the same pip command as the rest, so that no other build is pulled in first.
-# The default index may answer with a CUDA build of several gigabytes; for a CPU-only one:
-#   make demo TORCH=torch==2.13.0+cpu PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# The default index may answer with a CUDA build of several gigabytes; for a CPU-only one name PyTorch's own CPU index
+# (its installation page has the address): make demo TORCH=torch==2.13.0+cpu PIP_ARGS="--extra-index-url ADDRESS"
 # On a Jetson name the wheel of your JetPack, and let the environment see TensorRT:
 #   make demo TORCH=/path/to/torch.whl VENV_ARGS=--system-site-packages
 TORCH    ?= torch==2.13.0
