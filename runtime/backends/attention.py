@@ -81,12 +81,13 @@ class Attention:
         cache.write(layer, latent, rotate(k_rope[:, None], cos, sin)[:, 0])
         end = cache.length + count
         latents, rope_keys = cache.keys[layer, :end], cache.values[layer, :end]  # [T+S, c], [T+S, r]
-        q_latent = torch.matmul(q_plain.transpose(0, 1), weights["k_b"])  # [nh, S, c]
-        scores = torch.matmul(q_latent, latents.T) + torch.matmul(rotate(q_rope, cos, sin).transpose(0, 1), rope_keys.T)
-        scores = scores.float()
+        # Plain 2-D products: every head looks at the same rows, and a batched product would copy them for each.
+        q_latent = torch.matmul(q_plain.transpose(0, 1), weights["k_b"]).flatten(0, 1)  # [nh*S, c]
+        q_rope = rotate(q_rope, cos, sin).transpose(0, 1).flatten(0, 1)
+        scores = torch.addmm(torch.mm(q_rope, rope_keys.T), q_latent, latents.T).float()
         if count > 1:
-            scores = scores.masked_fill(~causal_mask(count, end), float("-inf"))
-        mixed = torch.matmul(scores.softmax(-1).to(h.dtype), latents)  # [nh, S, c]
+            scores = scores.unflatten(0, (-1, count)).masked_fill(~causal_mask(count, end), float("-inf")).flatten(0, 1)
+        mixed = torch.mm(scores.softmax(-1).to(h.dtype), latents).unflatten(0, (-1, count))  # [nh, S, c]
         return torch.matmul(mixed, weights["v_b"].transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
