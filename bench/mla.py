@@ -4,7 +4,8 @@
 
 Both rivals have the same weights and the same history. The compressed one is the engine's attention: one latent and one
 rope key per token, queries taken into the latent space. The expanded one stores keys and values per head, as a cache
-for ordinary attention would, and takes the faster of two formulas. Only attention is timed: the rest is the same.
+for ordinary attention would; it is computed in three ways, of which the fastest counts. Only attention is timed: the
+rest of a step is the same.
 """
 
 from __future__ import annotations
@@ -84,15 +85,18 @@ class Compressed:
 
 
 class Expanded:
-    """Keys [layers, heads, T, 192] and values [layers, heads, T, 128], made once from the same latents."""
+    """Keys [layers, heads, T, 192] and values [layers, heads, T, 128], made once from the same latents.
 
-    def __init__(self, config: ModelConfig, weights: list[Weights], source: KVCache, fused: bool) -> None:
-        self._a, self._weights, self._length, self._fused = config.attention, weights, source.length, fused
+    A subclass is a way to compute attention over them.
+    """
+
+    def __init__(self, config: ModelConfig, weights: list[Weights], source: KVCache) -> None:
+        self._a, self._weights, self._length = config.attention, weights, source.length
         self._products, self._rope = Products(DTYPE, config.activation), RopeTable(config.rope)
         a = config.attention
         shape = (config.num_layers, a.num_heads, source.capacity)
         self.keys = torch.zeros(*shape, a.head_dim + a.rope_head_dim, dtype=DTYPE)
-        self.values = torch.zeros(*shape, a.v_head_dim, dtype=DTYPE)
+        self.values = self._new_values(*shape, a.v_head_dim)
         for layer in range(config.num_layers):
             rows = slice(0, source.length)
             self._write(layer, rows, source.keys[layer, rows], source.values[layer, rows])
@@ -113,21 +117,44 @@ class Expanded:
         rows = slice(self._length, self._length + 1)
         self._write(layer, rows, latent, rotate(key[:, None], cos, sin)[:, 0])
         q = torch.cat([plain, rotate(turned, cos, sin)], dim=-1).transpose(0, 1)  # [heads, 1, 192]
-        mixed = self._attend(q, self.keys[layer, :, : rows.stop], self.values[layer, :, : rows.stop])
-        return self._products.linear(mixed.transpose(0, 1).flatten(1), weights["o"])
+        mixed = self._attend(layer, q).transpose(0, 1).flatten(1)
+        return self._products.linear(mixed, weights["o"])
 
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if self._fused:
-            return functional.scaled_dot_product_attention(q[None], keys[None], values[None], scale=self._a.scale)[0]
-        scores = torch.matmul(q * self._a.scale, keys.transpose(1, 2)).float()
-        return torch.matmul(scores.softmax(-1).to(DTYPE), values)
+    def _new_values(self, layers: int, heads: int, tokens: int, size: int) -> torch.Tensor:
+        return torch.zeros(layers, heads, tokens, size, dtype=DTYPE)
+
+    def _attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """One fused call of torch. q [heads, 1, 192] to [heads, 1, 128]."""
+        keys, values = self.keys[layer][None], self.values[layer][None]
+        return functional.scaled_dot_product_attention(q[None], keys, values, scale=self._a.scale)[0]
 
     def _write(self, layer: int, rows: slice, latents: torch.Tensor, rope_keys: torch.Tensor) -> None:
         weights, a = self._weights[layer], self._a
-        keys = torch.matmul(latents, weights["k_b"].transpose(1, 2))  # [heads, tokens, 128]
-        self.keys[layer, :, rows, : a.head_dim] = keys
+        self.keys[layer, :, rows, : a.head_dim] = torch.matmul(latents, weights["k_b"].transpose(1, 2))
         self.keys[layer, :, rows, a.head_dim :] = rope_keys
         self.values[layer, :, rows] = torch.matmul(latents, weights["v_b"].transpose(1, 2))
+
+
+class ExpandedBatched(Expanded):
+    """Two batched products and a softmax between them."""
+
+    def _attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        scores = torch.matmul(q * self._a.scale, self.keys[layer].transpose(1, 2)).float()
+        return torch.matmul(scores.softmax(-1).to(DTYPE), self.values[layer])
+
+
+class ExpandedPerHead(Expanded):
+    """Head by head with the engine's product of one row, for which the values of a head lie in columns [128, T]."""
+
+    def _new_values(self, layers: int, heads: int, tokens: int, size: int) -> torch.Tensor:
+        return torch.zeros(layers, heads, size, tokens, dtype=DTYPE).transpose(2, 3)
+
+    def _attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        mixed = []
+        for row, keys, values in zip(q * self._a.scale, self.keys[layer], self.values[layer], strict=True):
+            shares = self._products.linear_fp32(row, keys).softmax(-1).to(DTYPE)
+            mixed.append(self._products.linear(shares, values.T))
+        return torch.stack(mixed)
 
 
 @torch.inference_mode()
@@ -136,15 +163,16 @@ def run(options: MlaOptions) -> None:
     set_threads(options.threads)
     torch.manual_seed(0)
     config = lite(options.layers, options.context + 1)
-    weights = [_random_layer(config, layer) for layer in range(options.layers)]
+    weights = [random_layer(config, layer) for layer in range(options.layers)]
     compressed = Compressed(config, weights, options.context)
     rivals: dict[str, Compressed | Expanded] = {
         "compressed": compressed,
-        "expanded, fused": Expanded(config, weights, compressed.cache, fused=True),
-        "expanded, plain": Expanded(config, weights, compressed.cache, fused=False),
+        "expanded, fused": Expanded(config, weights, compressed.cache),
+        "expanded, batched": ExpandedBatched(config, weights, compressed.cache),
+        "expanded, per head": ExpandedPerHead(config, weights, compressed.cache),
     }
     h = torch.randn(1, config.hidden_size, dtype=DTYPE)
-    _check_equal(rivals, h, options.layers)
+    check_equal(rivals, h, options.layers)
     times = interleaved({name: _step(rival, h, options.layers) for name, rival in rivals.items()}, options.rounds)
     bandwidth = measure_bandwidth().best
     weight_bytes = sum(tensor.nbytes for layer in weights for tensor in layer.values())
@@ -165,12 +193,11 @@ def _report(
         floor = (weight_bytes + rival.cache_bytes) / bandwidth
         rows[name] = {"step_s": seconds[name], "floor_s": floor, "cache_bytes": rival.cache_bytes}
         say(
-            f"  {name:15}  {seconds[name] * 1e3:7.2f} ms, floor {floor * 1e3:6.2f} ms ({floor / seconds[name]:4.0%}), "
+            f"  {name:18}  {seconds[name] * 1e3:7.2f} ms, floor {floor * 1e3:6.2f} ms ({floor / seconds[name]:4.0%}), "
             f"cache {rival.cache_bytes / MB:7.1f} MB"
         )
-    best = min(seconds["expanded, fused"], seconds["expanded, plain"])
-    gain = best / seconds["compressed"]
-    say(f"the compressed cache is {gain:.2f} times as fast as the faster expanded one")
+    gain = min(value for name, value in seconds.items() if name != "compressed") / seconds["compressed"]
+    say(f"the compressed cache is {gain:.2f} times as fast as the fastest expanded one")
     result = {"options": asdict(options), "rivals": rows, "weight_bytes": weight_bytes, "gain": gain}
     conclude("mla", {**result, "bandwidth_bytes_per_s": bandwidth})
 
@@ -185,7 +212,7 @@ def _step(rival: Compressed | Expanded, h: torch.Tensor, layers: int) -> Callabl
     return run_once
 
 
-def _check_equal(rivals: dict[str, Compressed | Expanded], h: torch.Tensor, layers: int) -> None:
+def check_equal(rivals: dict[str, Compressed | Expanded], h: torch.Tensor, layers: int) -> None:
     """A faster wrong answer proves nothing. Raises EdgeError."""
     for layer in range(layers):
         outputs = {name: rival.layer(layer, h).float() for name, rival in rivals.items()}
@@ -196,7 +223,8 @@ def _check_equal(rivals: dict[str, Compressed | Expanded], h: torch.Tensor, laye
                 raise EdgeError(f"{name}, layer {layer}: differs from the compressed cache by {error:.2%} of its range")
 
 
-def _random_layer(config: ModelConfig, layer: int) -> Weights:
+def random_layer(config: ModelConfig, layer: int) -> Weights:
+    """Attention weights that keep the size of what passes through them."""
     shapes = layer_tensors(config, layer)
     names = ("q", "kv_a", "k_b", "v_b", "o", "kv_a_norm")
     return {name: (torch.randn(shapes[name]) / math.sqrt(shapes[name][-1])).to(DTYPE) for name in names}
