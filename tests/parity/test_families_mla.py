@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # The Lite shape in small: yarn with both mscales, one dense layer, two shared experts, greedy, no query latent.
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v2 fused": ("deepseek_v2", {"fused": True}),
-    "deepseek_v2 query latent": ("deepseek_v2", {"q_lora_rank": 20, "rms_norm_eps": 1e-3}),
+    "deepseek_v2 query latent": ("deepseek_v2", {"q_lora_rank": 20, "rms_norm_eps": 0.05}),
     "deepseek_v2 group limited, scaled": (
         "deepseek_v2",
         {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # Moonlight: one group, another rms_norm_eps, plain rope.
     "deepseek_v3 one group": (
         "deepseek_v3",
-        {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-3, "routed_scaling_factor": 2.446},
+        {"n_group": 1, "topk_group": 1, "rms_norm_eps": 0.05, "routed_scaling_factor": 2.446},
     ),
     "deepseek_v3 not normalised": ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.0}),
     "deepseek_v3 all groups": ("deepseek_v3", {"topk_group": 4, "first_k_dense_replace": 0}),
