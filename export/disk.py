@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from runtime.errors import EdgeError
 from runtime.manifest import FileEntry
 
 T = TypeVar("T")
+RESUMES = "the export stopped; no bundle was made. When the cause is mended, run the same command again: it resumes"
 
 
 class SyncError(EdgeError):
@@ -36,21 +38,13 @@ class Hashes:
         return FileEntry(size_bytes, self._sha256.hexdigest(), self._xxh3.hexdigest())
 
 
-class disk_errors:
-    """Turns an OSError into an EdgeError that names the path and tells what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise EdgeError(
-                f"{self._path}: {error.strerror or error}: the export stopped; no bundle was made. When the cause is "
-                "mended, run the same command again: it resumes"
-            ) from error
+@contextmanager
+def disk_errors(path: Path, state: str = RESUMES) -> Iterator[None]:
+    """Turns an OSError into an EdgeError that names the path and the state that things are in."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeError(f"{path}: {error.strerror or error}: {state}") from error
 
 
 def synced(sync: Callable[[T], None], what: T) -> None:

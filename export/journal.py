@@ -44,7 +44,11 @@ class Journal:
         self._file = fs.append(path)
         self.done: dict[str, FileEntry] = done or {}
         if done is None:
-            self._append(asdict(identity))
+            try:
+                self._append(asdict(identity))
+            except OSError:
+                fs.close(self._file)
+                raise
 
     def add(self, path: str, entry: FileEntry) -> None:
         """`path` is complete: written, synced and renamed."""

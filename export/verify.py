@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,13 +81,12 @@ def _open_and_close(bundle: Bundle, name: str) -> None:
 
 
 def _unlisted(bundle: Bundle) -> Iterator[str]:
-    known = {*bundle.manifest.files, MANIFEST}
-    folders = {str(parent) for name in known for parent in Path(name).parents}
-    for folder, subfolders, files in os.walk(bundle.path):
-        for name in sorted(subfolders + files):
+    files = {*bundle.manifest.files, MANIFEST}
+    known = files | {str(parent) for name in files for parent in Path(name).parents}
+    for folder, subfolders, names in os.walk(bundle.path):
+        for name in sorted(subfolders + names):
             path = os.path.relpath(os.path.join(folder, name), bundle.path)
-            is_folder = stat.S_ISDIR(os.lstat(os.path.join(folder, name)).st_mode)
-            if path not in (folders if is_folder else known):
+            if path not in known:  # a known name that is no file, or no folder, is found when it is opened
                 yield f"{path}: not listed in {MANIFEST}: it does not belong to the bundle, remove it"
 
 

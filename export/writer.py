@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from export.contents import PlannedFile
 from export.disk import Hashes, SyncError, disk_errors, synced, write_whole
 from export.filesystem import FileSystem
 from export.journal import Identity, Journal
-from runtime.errors import CheckpointError, EdgeError, UsageError
+from runtime.errors import CheckpointError, UsageError
 from runtime.layout import MANIFEST, padded
 from runtime.manifest import FileEntry
 
@@ -38,6 +39,10 @@ class ProgressEvent:
     path: str
 
 
+class _StoppedError(Exception):
+    """Another file failed, or the user interrupted: this one was given up."""
+
+
 class BundleWriter:
     """One export: holds the lock and the staging directory from construction to `close`."""
 
@@ -50,18 +55,16 @@ class BundleWriter:
         self.out, self._fs, self._force, self._workers = out, fs, force, workers
         self.work = out.parent / f".{out.name}.partial"
         self.staging = self.work / "bundle"
-        with disk_errors(self.work):
+        with disk_errors(self.work), ExitStack() as opened:
             fs.make_directory(self.work)
-            self._lock = _take_lock(fs, self.work)
-        try:
-            with disk_errors(self.work):
-                if not self.staging.exists() and (self.work / "journal").exists():
-                    fs.remove(self.work / "journal")  # of an export that was killed after its last rename
-                self._journal = Journal(fs, self.work / "journal", identity)
-                fs.make_directory(self.staging)
-        except BaseException:
-            fs.close(self._lock)
-            raise
+            opened.callback(fs.close, lock := _take_lock(fs, self.work))
+            if not self.staging.exists() and (self.work / "journal").exists():
+                fs.remove(self.work / "journal")  # of an export that was killed after its last rename
+            self._journal = Journal(fs, self.work / "journal", identity)
+            opened.callback(self._journal.close)
+            fs.make_directory(self.staging)
+            opened.pop_all()
+        self._lock = lock
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -99,22 +102,20 @@ class BundleWriter:
                     fs.exchange(self.staging, self.out)
                 else:
                     fs.rename(self.staging, self.out)
-                synced(fs.sync_directory, self.out.parent)
         except SyncError as error:
             self._discard(error)
             raise
-        try:
+        with disk_errors(self.out, f"the bundle is complete, but a power cut may undo it, and '{self.work}' is left"):
+            fs.sync_directory(self.out.parent)
             fs.remove_tree(self.work)
-        except OSError as error:
-            raise EdgeError(
-                f"{self.out}: complete, but its leftovers could not be removed ({error.strerror}); "
-                f"run: rm -r '{self.work}'"
-            ) from error
 
     def close(self) -> None:
         """Close journal and lock; what is staged stays for the next export."""
-        self._journal.close()
-        self._fs.close(self._lock)
+        with disk_errors(self.work, "its journal or lock could not be closed"):
+            try:
+                self._journal.close()
+            finally:
+                self._fs.close(self._lock)
 
     def __enter__(self) -> BundleWriter:
         return self
@@ -142,9 +143,9 @@ class BundleWriter:
         futures = {pool.submit(self._finished_or_written, file, buffers): file for file in files}
         waiting = set(futures)
         try:
-            while waiting:
+            while waiting and not self._stop.is_set():
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in (f for f in finished if f.exception() is None):
                     file = futures[future]
                     entries[file.path], old = future.result()
                     done, reused = done + file.bytes, reused + file.bytes * old
@@ -152,10 +153,12 @@ class BundleWriter:
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-            _raise_sync_error(futures)
+        _raise_first(futures)
         return entries
 
     def _finished_or_written(self, file: PlannedFile, buffers: queue.SimpleQueue[mmap.mmap]) -> tuple[FileEntry, bool]:
+        if self._stop.is_set():
+            raise _StoppedError
         buffer = buffers.get()
         try:
             with memoryview(buffer) as view, disk_errors(self.staging / file.path):
@@ -163,6 +166,9 @@ class BundleWriter:
                 if listed is not None and self._entry_of(file, view) == listed:
                     return listed, True
                 return self._write_file(file, view), False
+        except BaseException:
+            self._stop.set()  # at once: after a failed fsync nothing more may be written
+            raise
         finally:
             buffers.put(buffer)
 
@@ -174,7 +180,7 @@ class BundleWriter:
         try:
             for start in range(0, file.bytes, CHUNK_BYTES):
                 if self._stop.is_set():
-                    raise EdgeError("stopped")
+                    raise _StoppedError
                 size = min(CHUNK_BYTES, file.bytes - start)
                 file.content.fill(start, buffer[:size])
                 hashes.update(buffer[:size])
@@ -248,16 +254,20 @@ def check_target(out: Path, force: bool) -> None:
 def _take_lock(fs: FileSystem, work: Path) -> int:
     path = work / "lock"
     descriptor = fs.append(path)
-    # A writer that has just finished removes its lock file: a lock on the removed file would protect nothing.
-    if fs.try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-        return descriptor
+    try:
+        # A writer that has just finished removes its lock file: a lock on the removed file would protect nothing.
+        if fs.try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except OSError:
+        fs.close(descriptor)
+        raise
     fs.close(descriptor)
     raise UsageError(f"{work}: locked: another export to this name is running")
 
 
-def _raise_sync_error(futures: Iterable[Future[tuple[FileEntry, bool]]]) -> None:
-    """Raise the first SyncError: it decides what happens to the staged files, whichever error was seen first."""
-    errors = (future.exception() for future in futures if not future.cancelled())
-    failed = next((error for error in errors if isinstance(error, SyncError)), None)
-    if failed is not None:
-        raise failed
+def _raise_first(futures: Iterable[Future[tuple[FileEntry, bool]]]) -> None:
+    """Raise the first error in the plan's order, but a SyncError before all: it decides what becomes of the rest."""
+    errors = [error for f in futures if not f.cancelled() and (error := f.exception()) is not None]
+    errors = [error for error in errors if not isinstance(error, _StoppedError)]
+    if errors:
+        raise next((error for error in errors if isinstance(error, SyncError)), errors[0])

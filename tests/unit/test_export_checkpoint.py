@@ -162,7 +162,7 @@ def test_a_tensor_nobody_asked_for_is_refused(single: Path, tmp_path: Path) -> N
     path = shutil.copytree(single, tmp_path / "ck")
     tensors = load_file(path / "model.safetensors")
     write_weights(path, {**tensors, "model.layers.0.mlp.extra.weight": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="mlp.extra.weight has no place in the olmoe architecture"):
+    with pytest.raises(CheckpointError, match=r"mlp.extra.weight has no place in the olmoe architecture"):
         export_bundle(path, tmp_path / "out", ExportOptions(graphs=()))
     write_weights(path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
     export_bundle(path, tmp_path / "out", ExportOptions(graphs=()))  # old transformers versions saved that one
@@ -172,7 +172,7 @@ def test_unsupported_dtypes_are_named(single: Path, tmp_path: Path) -> None:
     path = shutil.copytree(single, tmp_path / "ck")
     tensors = load_file(path / "model.safetensors")
     write_weights(path, {**tensors, "lm_head.weight": tensors["lm_head.weight"].double()})
-    with pytest.raises(CheckpointError, match="lm_head.weight has dtype F64"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has dtype F64"):
         export_bundle(path, tmp_path / "out", ExportOptions(graphs=()))
 
 
