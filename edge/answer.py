@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from edge.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine, GenerateOptions, Token
+    from runtime.engine import Engine, GenerateOptions
 
 
 def print_answer(
@@ -19,7 +19,7 @@ def print_answer(
 
     `silent` prints nothing. Raises what the engine raises, and KeyboardInterrupt where `interrupt` does.
     """
-    tokens = cast("Generator[Token, None, None]", engine.generate(prompt, options))
+    tokens = engine.generate(prompt, options)
     printer, pieces = Printer(words=engine.tokenizer is not None, silent=silent), []
     try:
         for token in tokens:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from runtime.records import FinishReason, Meter, Recorder, Summary, TokenRecord
 from runtime.router import Router
 from runtime.sampler import Sampler
 from runtime.storage import ExpertStorage
+from runtime.stream import StreamDecoder
 from runtime.text import Tokenizer
 
 
@@ -44,11 +45,15 @@ class Token:
     record: TokenRecord
 
 
+Tokens = Generator[Token, None, None]
+
+
 @dataclass
 class _Run:
     """State of one generation."""
 
     summary: Summary
+    stream: StreamDecoder | None
     records: list[TokenRecord] = field(default_factory=list)
 
 
@@ -71,8 +76,9 @@ class Engine:
         self.slots, self.plan = plan_run(
             bundle, options, self.backend_name, DTYPES[self.dtype_name], self.context, self.notes
         )
-        has_tokenizer = any(name.startswith("tokenizer/") for name in bundle.manifest.files)
-        self.tokenizer = Tokenizer.load(bundle.path / "tokenizer") if has_tokenizer else None
+        self.tokenizer = Tokenizer.from_files(
+            {name.split("/")[1]: bundle.read(name) for name in bundle.manifest.files if name.startswith("tokenizer/")}
+        )
         self._stack = contextlib.ExitStack()
         self._build()
         self._warm = False
@@ -125,7 +131,7 @@ class Engine:
             raise UsageError(f"token id {wrong[0]} is not in the vocabulary of {self.config.vocab_size}")
         return ids
 
-    def generate(self, prompt: str | Sequence[int], options: GenerateOptions | None = None) -> Iterator[Token]:
+    def generate(self, prompt: str | Sequence[int], options: GenerateOptions | None = None) -> Tokens:
         """Tokens one by one as they are computed; closing the iterator early ends the run cleanly.
 
         Raises UsageError before the first token, ReadError when an expert cannot be read (the next call works).
@@ -192,8 +198,9 @@ class Engine:
         self._recorder = Recorder(options.record)
         self._stack.callback(self._recorder.close)
 
-    def _generate(self, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int) -> Iterator[Token]:
-        run = self._run = _Run(Summary(prompt_tokens=len(ids), finish_reason="interrupted"))
+    def _generate(self, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int) -> Tokens:
+        stream = self.tokenizer.stream(options.stop) if self.tokenizer else None
+        run = self._run = _Run(Summary(prompt_tokens=len(ids)), stream)
         self._recorder.header(self._header(len(ids), options))
         self._warm = True
         try:
@@ -203,13 +210,12 @@ class Engine:
             run.summary.finish_reason = "interrupted"
             raise
         finally:
+            run.summary.text += run.stream.finish() if run.stream else ""  # what a stop string might have swallowed
             self._recorder.end(self.report())
 
-    def _tokens(
-        self, run: _Run, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int
-    ) -> Iterator[Token]:
+    def _tokens(self, run: _Run, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int) -> Tokens:
         """The loop: forward, sample, record, yield. Sets the finish reason."""
-        meter, stream = Meter(), self.tokenizer.stream(options.stop) if self.tokenizer else None
+        meter, stream = Meter(), run.stream
         self.decoder.reset()
         self._cache.take_stats()
         history, inputs = list(ids), torch.tensor(ids)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -20,8 +17,6 @@ SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-FILES = (TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE, GENERATION_FILE)
-_MAX_FILE_BYTES = 256 << 20
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -36,9 +31,7 @@ class Tokenizer:
         defaults: Mapping[str, Any],
         begin: int | None,
     ) -> None:
-        self.generation_defaults = dict(
-            defaults
-        )  # as the checkpoint has them: unchecked, for the caller to choose from
+        self.generation_defaults = dict(defaults)  # as the checkpoint has them, unchecked: the caller chooses
         self._begin = begin  # starts every prompt, whether or not tokenizer.json says so
         self._tokenizer = tokenizer
         self._special = dict(special)
@@ -47,22 +40,11 @@ class Tokenizer:
         self._byte_ids = _byte_ids(tokenizer)
 
     @classmethod
-    def load(cls, folder: Path | int) -> Tokenizer | None:
-        """Read BUNDLE/tokenizer, a path or an open directory; None when it holds no tokenizer.json.
-
-        Links are not followed. Raises BundleError for files that cannot be understood.
-        """
-        directory = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            present = set(os.listdir(directory))
-            return cls.from_files({name: _read(directory, name) for name in FILES if name in present})
-        finally:
-            if directory != folder:
-                os.close(directory)
-
-    @classmethod
     def from_files(cls, files: Mapping[str, bytes | memoryview]) -> Tokenizer | None:
-        """Build from the contents of FILES by name; None without tokenizer.json. Raises BundleError."""
+        """Build from the contents of a bundle's tokenizer/ by file name; None without tokenizer.json.
+
+        Raises BundleError for files that cannot be understood.
+        """
         if TOKENIZER_FILE not in files:
             return None
         tokenizer = _parse_tokenizer(bytes(files[TOKENIZER_FILE]))
@@ -118,18 +100,6 @@ class Tokenizer:
                 f"the prompt is not valid UTF-8 at character {error.start}: {text[error.start]!r}"
             ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
-
-def _read(directory: int, name: str) -> bytes:
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except OSError as error:
-        raise BundleError(f"tokenizer/{name}: {error.strerror} (links are not followed)") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE_BYTES:
-            raise BundleError(f"tokenizer/{name}: not a regular file of at most {_MAX_FILE_BYTES} bytes")
-        return file.read()
 
 
 def _parse_tokenizer(data: bytes) -> tokenizers.Tokenizer:
