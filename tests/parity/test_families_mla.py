@@ -117,6 +117,7 @@ def test_low_precision_stays_close(tmp_path: Path, family: str) -> None:
         assert bool(torch.isfinite(found).all())
 
 
+@torch.inference_mode()
 def test_the_cases_reach_both_sides_of_the_group_limit(tmp_path: Path) -> None:
     """A group limit that never excluded a wanted expert would prove nothing: here it must change some choices."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "deepseek_v3")
