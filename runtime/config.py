@@ -137,7 +137,18 @@ class ModelConfig:
         for name, value in positive.items():
             if not 0 < value < 1 << 31:
                 raise BundleError(f"config.{name}: {value} is not between 1 and 2^31")
+        sizes_or_zero = {
+            "shared_intermediate_size": self.shared_intermediate_size,
+            "dense_intermediate_size": self.dense_intermediate_size,
+            "attention.kv_lora_rank": attention.kv_lora_rank,
+            "attention.q_lora_rank": attention.q_lora_rank or 0,
+        }
+        for name, value in sizes_or_zero.items():
+            if not 0 <= value < 1 << 31:
+                raise BundleError(f"config.{name}: {value} is not between 0 and 2^31")
         rules = {
+            "router.num_experts is above 2^20, where the identities of experts would repeat": router.num_experts
+            <= 1 << 20,
             "attention.num_heads is no multiple of num_kv_heads": attention.num_heads % attention.num_kv_heads == 0,
             "router.top_k is greater than num_experts": router.top_k <= router.num_experts,
             "router.num_experts is no multiple of num_groups": router.num_experts % router.num_groups == 0,

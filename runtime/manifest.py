@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from runtime.config import ModelConfig
@@ -12,6 +13,7 @@ from runtime.layout import (
     BASE_ROUTER,
     EMBED_FILE,
     HEAD_FILE,
+    MANIFEST,
     expert_bytes,
     expert_file,
     layer_file,
@@ -88,15 +90,11 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def required_files(config: ModelConfig) -> list[str]:
-    """Weight files that every bundle of this model must list."""
-    return [
-        EMBED_FILE,
-        HEAD_FILE,
-        BASE_ROUTER,
-        *(layer_file(layer) for layer in range(config.num_layers)),
-        *(expert_file(layer, e) for layer in config.moe_layers for e in range(config.router.num_experts)),
-    ]
+def required_files(config: ModelConfig) -> Iterator[str]:
+    """Weight files that every bundle of this model must list, one by one: an untrusted config may ask for billions."""
+    yield from (EMBED_FILE, HEAD_FILE, BASE_ROUTER)
+    yield from (layer_file(layer) for layer in range(config.num_layers))
+    yield from (expert_file(layer, e) for layer in config.moe_layers for e in range(config.router.num_experts))
 
 
 def _check(manifest: Manifest) -> None:
@@ -125,6 +123,8 @@ def _check(manifest: Manifest) -> None:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     plain = path.isascii() and path.isprintable() and "\\" not in path and len(path) < 200
+    if path == MANIFEST:
+        raise BundleError(f"manifest.json.files: {path} cannot list itself")
     if not plain or len(parts) > 3 or any(p in ("", ".", "..") or p != os.path.basename(p) for p in parts):
         raise BundleError(f"manifest.json.files: {path!r:.100} is not a plain relative path")
 
