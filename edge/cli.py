@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "check this machine: memory, disk, back-ends",
     "generate": "stream text from a bundle",
     "chat": "talk to a bundle",
+    "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }
 INTERRUPTED = 130
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
