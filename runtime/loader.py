@@ -21,6 +21,7 @@ from runtime.layout import PAGE_BYTES, expert_identity
 from runtime.storage import Storage
 
 CHUNK_BYTES = 4 << 20
+_LEAST_CHUNK_BYTES = 256 << 10
 _MAX_STALLS = 8  # reads in a row without progress before a blob counts as unreadable
 
 
@@ -65,7 +66,7 @@ class Loader:
     ) -> None:
         self._storage = storage
         self._checksums = checksums
-        self._chunks = _cut(blob_bytes)
+        self._chunks = cut(blob_bytes, threads)
         self._jobs: queue.SimpleQueue[tuple[Load, int] | None] = queue.SimpleQueue()
         self._deadline_s = deadline_s
         self._threads = threads
@@ -184,9 +185,10 @@ class Loader:
         load.done.put(load)
 
 
-def _cut(blob_bytes: int) -> list[tuple[int, int]]:
-    """Equal chunks of whole pages, none above CHUNK_BYTES."""
+def cut(blob_bytes: int, threads: int) -> list[tuple[int, int]]:
+    """Equal chunks of whole pages, none above CHUNK_BYTES, as many for every thread: a lone miss keeps them all busy."""
+    count = threads * -(-blob_bytes // (threads * CHUNK_BYTES))
+    count = min(count, -(-blob_bytes // _LEAST_CHUNK_BYTES))
     pages = -(-blob_bytes // PAGE_BYTES)
-    count = -(-blob_bytes // CHUNK_BYTES)
-    edges = [min(blob_bytes, PAGE_BYTES * (pages * i // count)) for i in range(count)] + [blob_bytes]
+    edges = [PAGE_BYTES * (pages * i // count) for i in range(count)] + [blob_bytes]
     return list(itertools.pairwise(edges))

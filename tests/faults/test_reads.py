@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from runtime.errors import ReadError
-from runtime.loader import CHUNK_BYTES
+from runtime.loader import CHUNK_BYTES, cut
 from tests.storages import FaultyStorage, MemoryStorage, make_cache
 
 BLOB = 3 * 4096
@@ -56,12 +58,21 @@ def test_short_reads_go_on(kind: str) -> None:
 
 
 def test_a_blob_of_several_chunks_is_hashed_in_order() -> None:
-    storage = MemoryStorage(1, 2, 2 * CHUNK_BYTES + 4096)
+    storage = MemoryStorage(1, 2, 5 << 20)
     cache, loader = make_cache(storage, layers=1, slots=2, threads=4)
     fetch(storage, cache, [0, 1])
-    assert storage.reads == 6
+    assert storage.reads == 8
     assert loader.retries == 0
     loader.close()
+
+
+@pytest.mark.parametrize(("size", "count"), [(4096, 1), (262144, 1), (300 << 10, 2), (5 << 20, 4), (17301504, 8)])
+def test_chunks_cover_the_blob_in_whole_pages(size: int, count: int) -> None:
+    chunks = cut(size, threads=4)
+    assert len(chunks) == count
+    assert [chunks[0][0], chunks[-1][1]] == [0, size]
+    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(chunks))
+    assert all(begin % 4096 == 0 and 0 < end - begin <= CHUNK_BYTES for begin, end in chunks)
 
 
 def test_swapped_blobs_are_noticed() -> None:
