@@ -12,7 +12,7 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,30 +49,49 @@ class DecodeOptions:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One cache size: medians over rounds."""
-
-    slots_per_layer: int
-    tpot_s: float
-    floor_s: float
-    hit_rate: float
-    read_bytes_per_s: float | None
-    raw_bytes_per_s: float
-
-    @property
-    def over_floor(self) -> float:
-        """TPOT over the schedule floor."""
-        return self.tpot_s / self.floor_s
-
-
-@dataclass(frozen=True)
 class Round:
-    """One round of a setting: what was decoded, and the ceilings measured just before."""
+    """One round of a cache size: the ceilings measured just before, and what was decoded then."""
 
     records: list[TokenRecord]
     costs: PartCosts
-    floor_s: float
     raw_bytes_per_s: float
+    memory_bytes_per_s: float
+    floor_s: float
+    memory_floor_s: float
+
+    @property
+    def tpot_s(self) -> float:
+        """Median seconds per token."""
+        return statistics.median(record.total_ms for record in self.records) / 1000
+
+    @property
+    def read_bytes_per_s(self) -> float | None:
+        """Rate while at least one blob was on its way; None when nothing was read."""
+        busy_s = sum(record.read_busy_ms for record in self.records) / 1000
+        return sum(record.bytes for record in self.records) / busy_s if busy_s else None
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the wanted experts that were resident."""
+        hits, misses = (sum(sum(getattr(r, name)) for r in self.records) for name in ("hits", "misses"))
+        return hits / (hits + misses)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cache size, medians over rounds; shares are taken within a round first."""
+
+    slots_per_layer: int
+    hit_rate: float
+    tpot_s: float
+    floor_s: float
+    over_floor: float
+    memory_floor_s: float
+    over_memory_floor: float
+    raw_bytes_per_s: float
+    read_bytes_per_s: float | None
+    read_share: float | None
+    parts: PartCosts
 
 
 def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
@@ -88,8 +107,8 @@ def decode(engine: Engine, tokens: int, seed: int) -> list[TokenRecord]:
     return [token.record for token in engine.generate(prompt, options)][4:]
 
 
-def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots: int) -> tuple[Setting, PartCosts]:
-    """Raw reads, parts and decode in turn, `rounds` times. Raises BudgetError when the cache does not fit."""
+def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots: int) -> Setting:
+    """Ceilings and decode in turn, `rounds` times. Raises BudgetError when the cache does not fit."""
     settings = EngineOptions(
         backend=options.backend,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
@@ -97,17 +116,41 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
         read_threads=options.read_threads,
         context=PREFILL_TOKENS,
     )
-    rounds = []
     with Engine.open(bundle.path, settings) as engine:
         if slots >= engine.config.router.num_experts:
             _fill(engine)
-        for number in range(options.rounds):
-            raw = measure_reads(blob_files(bundle.path), _READ_BYTES, rounds=1, threads=THREADS[1:]).best
-            costs = parts.measure()
-            records = decode(engine, options.tokens, seed=number)
-            floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
-            rounds.append(Round(records, costs, floor, raw))
-    return _setting(slots, rounds), _median_parts([r.costs for r in rounds])
+        return summarise(slots, [_round(engine, parts, options.tokens, seed) for seed in range(options.rounds)])
+
+
+def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
+    """Medians over rounds."""
+
+    def middle(value: Callable[[Round], float]) -> float:
+        return statistics.median(value(r) for r in rounds)
+
+    reads = [(r.read_bytes_per_s, r.read_bytes_per_s / r.raw_bytes_per_s) for r in rounds if r.read_bytes_per_s]
+    parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
+    return Setting(
+        slots_per_layer=slots,
+        hit_rate=middle(lambda r: r.hit_rate),
+        tpot_s=middle(lambda r: r.tpot_s),
+        floor_s=middle(lambda r: r.floor_s),
+        over_floor=middle(lambda r: r.tpot_s / r.floor_s),
+        memory_floor_s=middle(lambda r: r.memory_floor_s),
+        over_memory_floor=middle(lambda r: r.tpot_s / r.memory_floor_s),
+        raw_bytes_per_s=middle(lambda r: r.raw_bytes_per_s),
+        read_bytes_per_s=statistics.median(rate for rate, _ in reads) if reads else None,
+        read_share=statistics.median(share for _, share in reads) if reads else None,
+        parts=PartCosts(**parts),
+    )
+
+
+def _round(engine: Engine, parts: Parts, tokens: int, seed: int) -> Round:
+    raw = measure_reads(blob_files(engine.bundle.path), _READ_BYTES, rounds=1, threads=THREADS[1:]).best
+    memory, costs = measure_bandwidth().best, parts.measure()
+    records = decode(engine, tokens, seed)
+    floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
+    return Round(records, costs, raw, memory, floor, active_bytes(engine.config) / memory)
 
 
 def prefill_reads(bundle: Path, options: DecodeOptions) -> dict[str, Any]:
@@ -141,62 +184,39 @@ def _fill(engine: Engine) -> None:
     raise UsageError("random prompts never used every expert: this bundle's routing cannot be measured all-resident")
 
 
-def _setting(slots: int, rounds: Sequence[Round]) -> Setting:
-    records = [record for r in rounds for record in r.records]
-    hits, misses = sum(sum(r.hits) for r in records), sum(sum(r.misses) for r in records)
-    busy = sum(r.read_busy_ms for r in records) / 1000
-    return Setting(
-        slots_per_layer=slots,
-        tpot_s=statistics.median(statistics.median(t.total_ms for t in r.records) for r in rounds) / 1000,
-        floor_s=statistics.median(r.floor_s for r in rounds),
-        hit_rate=hits / (hits + misses),
-        read_bytes_per_s=sum(r.bytes for r in records) / busy if misses else None,
-        raw_bytes_per_s=statistics.median(r.raw_bytes_per_s for r in rounds),
-    )
-
-
-def _median_parts(parts: Sequence[PartCosts]) -> PartCosts:
-    names = PartCosts.__dataclass_fields__
-    return PartCosts(**{name: statistics.median(getattr(p, name) for p in parts) for name in names})
-
-
 def run(path: Path, options: DecodeOptions) -> None:
     """Measure every setting and print."""
     set_threads(options.threads)
     bundle = Bundle.open(path)
-    bandwidth = measure_bandwidth().best
-    weights, experts = active_bytes(bundle.config), bundle.config.router.num_experts
-    least = weights / bandwidth
-    say(f"ceiling: memory {bandwidth / GB:.1f} GB/s with {torch.get_num_threads()} threads")
-    say(f"         {weights / MB:.0f} MB of weights per token take {least * 1e3:.1f} ms at the least")
+    experts = bundle.config.router.num_experts
     parts = Parts(bundle, backends.choose(options.backend)[0], DTYPES[options.dtype])
-    rows = []
+    say(f"a token's weights: {active_bytes(bundle.config) / MB:.0f} MB; {torch.get_num_threads()} threads")
+    settings = []
     for slots in options.slots:
-        setting, costs = measure_setting(bundle, parts, options, min(slots, experts))
-        rows.append({**asdict(setting), "over_floor": setting.over_floor, **asdict(costs)})
-        _print_setting(setting, costs, least, experts)
+        settings.append(measure_setting(bundle, parts, options, min(slots, experts)))
+        _print_setting(settings[-1], experts)
+    bundle.close()
     prefill = prefill_reads(path, options)
     say(f"prefill of {PREFILL_TOKENS} tokens, cold, {prefill['slots_per_layer']} slots per layer:")
     say(f"  experts needed {prefill['experts_needed_by_layer']}, blobs read {prefill['blobs_read_by_layer']}")
     say(f"  {prefill['ttft_ms']:.0f} ms, {prefill['read_bytes'] / prefill['ttft_ms'] / 1e6:.2f} GB/s")
-    result = {"bundle": str(path), "options": asdict(options), "memory_bytes_per_s": bandwidth, "memory_floor_s": least}
-    conclude("decode", {**result, "settings": rows, "prefill": prefill})
-    bundle.close()
+    rows = [asdict(setting) for setting in settings]
+    conclude("decode", {"bundle": str(path), "options": asdict(options), "settings": rows, "prefill": prefill})
 
 
-def _print_setting(s: Setting, c: PartCosts, least: float, experts: int) -> None:
+def _print_setting(s: Setting, experts: int) -> None:
+    p = s.parts
     say(f"{s.slots_per_layer} of {experts} slots per layer, hit rate {s.hit_rate:.2f}")
     say(
-        f"  parts:  head {c.head_s * 1e3:.2f}, block {c.block_s * 1e3:.2f}, shared {c.shared_s * 1e3:.2f}, "
-        f"expert {c.expert_s * 1e3:.2f} ms; raw read {s.raw_bytes_per_s / GB:.2f} GB/s"
+        f"  parts:  head {p.head_s * 1e3:.2f}, block {p.block_s * 1e3:.2f}, shared {p.shared_s * 1e3:.2f}, "
+        f"expert {p.expert_s * 1e3:.2f} ms; raw read {s.raw_bytes_per_s / GB:.2f} GB/s"
     )
-    say(f"  floor:  {s.floor_s * 1e3:.1f} ms by the schedule")
+    say(f"  floor:  {s.floor_s * 1e3:.1f} ms by the schedule, {s.memory_floor_s * 1e3:.1f} ms by memory bandwidth")
     say(f"  TPOT:   {s.tpot_s * 1e3:.1f} ms = {s.over_floor:.2f} x the schedule floor (aim 1.2)")
     if s.slots_per_layer == experts:
-        say(f"          {s.tpot_s / least:.2f} x active bytes / memory bandwidth (aim 1.3)")
-    if s.read_bytes_per_s is not None:
-        share = s.read_bytes_per_s / s.raw_bytes_per_s
-        say(f"  reads:  {s.read_bytes_per_s / GB:.2f} GB/s = {share:.0%} of the best raw rate (aim 90 %)")
+        say(f"          {s.over_memory_floor:.2f} x active bytes / memory bandwidth (aim 1.3)")
+    if s.read_bytes_per_s is not None and s.read_share is not None:
+        say(f"  reads:  {s.read_bytes_per_s / GB:.2f} GB/s = {s.read_share:.0%} of the best raw rate (aim 90 %)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
     python -m bench.synthetic out/synthetic --layers 4      1.2 GB per layer, bf16, one shard per layer
 
 Every tensor is another window of one random buffer with a standard deviation of 0.02: quick to make, no two alike.
+The embedding is 64 times that, so that a token matters more to the routers than what attention adds to all alike.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def _write_shard(path: Path, shapes: Shapes, windows: Windows) -> None:
 def _values(name: str, shape: tuple[int, ...], windows: Windows) -> npt.NDArray[np.uint16]:
     if name.endswith("norm.weight"):
         return np.full(shape, 0x3F80, np.uint16)  # 1.0 in bf16
-    return windows.take(math.prod(shape))
+    values = windows.take(math.prod(shape))
+    return values + np.uint16(6 << 7) if name == "model.embed_tokens.weight" else values  # exponent + 6: times 64
 
 
 def _write_json(path: Path, value: object) -> None:

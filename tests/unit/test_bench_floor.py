@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from bench import disk
 from bench.cgroup import MemoryGroup, Verdict
 from bench.common import interleaved, median_seconds, page_aligned
-from bench.decode import DecodeOptions, parse_slots
+from bench.decode import DecodeOptions, Round, parse_slots, summarise
 from bench.disk import MIB, RawReader, ReadRates, blob_files, measure_reads, measure_write
 from bench.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
 from bench.memory_limit import LimitOptions, check_enough, check_refused
@@ -67,6 +68,20 @@ def test_active_bytes_by_hand() -> None:
     norms, qkv, out, head = 8 + 8, (8 + 4 + 4) * 8, 8 * 8, 10 * 8
     router_bytes, expert_bytes = 4 * 3 * 8, 2 * 3 * 6 * 8
     assert active_bytes(config) == 2 * (norms + qkv + out + head) + router_bytes + 2 * expert_bytes
+
+
+def test_shares_are_taken_within_a_round() -> None:
+    """The machine is twice as slow in the second round: TPOT is 1.5 x the floor in both."""
+    rounds = []
+    for slower in (1.0, 2.0, 2.0):
+        fields = {"total_ms": 3000.0 * slower, "bytes": 900, "read_busy_ms": 1000.0 * slower}
+        token = dataclasses.replace(record([3], [1]), **fields)  # type: ignore[arg-type]
+        rounds.append(Round([token], COSTS, 1000.0 / slower, 1.0, floor_s=2.0 * slower, memory_floor_s=slower))
+    setting = summarise(8, rounds)
+    assert (setting.tpot_s, setting.floor_s, setting.over_floor, setting.over_memory_floor) == (6.0, 4.0, 1.5, 3.0)
+    assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
+    assert setting.hit_rate == 0.75
+    assert setting.parts == COSTS
 
 
 def test_best_of_read_rates() -> None:
