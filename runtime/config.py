@@ -18,6 +18,9 @@ class RopeConfig:
 
     `kind` "yarn" follows arXiv 2309.00071: `factor`, `original_context`, `beta_fast`, `beta_slow`; cos and sin are
     multiplied by `attention_factor`.
+
+    `turning` values of a head turn, None: all `dim`. The others pass as they are: an exporter puts them last in each
+    half of the head, where the angles are 0.
     """
 
     dim: int
@@ -29,6 +32,12 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    turning: int | None = None
+
+    @property
+    def turning_pairs(self) -> int:
+        """How many of the dim / 2 pairs turn."""
+        return (self.dim if self.turning is None else self.turning) // 2
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ class ModelConfig:
             "router.top_groups is not between 1 and num_groups": 1 <= router.top_groups <= router.num_groups,
             "rope.dim differs from attention.rope_head_dim": self.rope.dim == attention.rope_head_dim,
             "rope.dim is odd": self.rope.dim % 2 == 0,
+            "rope.turning is not an even number between 2 and rope.dim": self.rope.turning is None
+            or (2 <= self.rope.turning <= self.rope.dim and self.rope.turning % 2 == 0),
             "norm_eps is not positive": self.norm_eps > 0,
             "rope.theta is not positive": self.rope.theta > 0,
             "moe_layers is empty": bool(self.moe_layers),

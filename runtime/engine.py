@@ -68,6 +68,7 @@ class Engine:
         self.notes: list[str] = []
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        self._threads = torch.get_num_threads()
         self.backend_name, reason = backends.choose(options.backend)
         if options.backend == "auto":
             self.notes.append(f"back-end {reason}")
@@ -221,7 +222,8 @@ class Engine:
         history, inputs = list(ids), torch.tensor(ids)
         reason: FinishReason | None = None
         for index in range(options.max_new_tokens):
-            chosen = sampler.choose(self.decoder.forward(inputs), history)
+            with self._backend.step(len(inputs)):
+                chosen = sampler.choose(self.decoder.forward(inputs), history)
             history.append(chosen)
             run.summary.token_ids.append(chosen)
             text = stream.push(chosen) if stream else ""
@@ -275,7 +277,7 @@ class Engine:
             "slots": self.slots.total,
             "direct_io": self._storage.direct,
             "read_threads": self.options.read_threads,
-            "threads": torch.get_num_threads(),
+            "threads": self._threads,
             "context": self.context,
             "memory_plan_bytes": {**asdict(self.plan), "total_bytes": self.plan.total_bytes},
         }

@@ -186,7 +186,7 @@ class Loader:
 
 
 def cut(blob_bytes: int, threads: int) -> list[tuple[int, int]]:
-    """Equal chunks of whole pages, none above CHUNK_BYTES, as many for every thread: a lone miss keeps them all busy."""
+    """Equal chunks of whole pages, at most CHUNK_BYTES, as many for every thread: a lone miss keeps them all busy."""
     count = threads * -(-blob_bytes // (threads * CHUNK_BYTES))
     count = min(count, -(-blob_bytes // _LEAST_CHUNK_BYTES))
     pages = -(-blob_bytes // PAGE_BYTES)

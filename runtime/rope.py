@@ -14,7 +14,9 @@ class RopeTable:
 
     def __init__(self, config: RopeConfig) -> None:
         self._frequencies = inverse_frequencies(config)
-        self._factor = config.attention_factor
+        factor = torch.ones(config.dim // 2)
+        factor[: config.turning_pairs] = config.attention_factor  # what passes keeps its size
+        self._factor = torch.cat([factor, factor])
         self._range = (-1, 0)
         self._rows = (torch.empty(0), torch.empty(0))
 
@@ -29,15 +31,16 @@ class RopeTable:
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
-    """Angle per position of each of the dim / 2 pairs, fp32."""
-    exponents = torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim
-    plain = 1.0 / config.theta**exponents
-    if config.kind == "default":
-        return plain
+    """Angle per position of each of the dim / 2 pairs, fp32; 0 for the pairs that do not turn."""
+    turning = 2 * config.turning_pairs
+    exponents = torch.arange(0, turning, 2, dtype=torch.float32) / turning
+    frequencies = 1.0 / config.theta**exponents
     if config.kind == "linear":
-        return plain / config.factor
-    ramp = _yarn_ramp(config)
-    return plain / config.factor * ramp + plain * (1.0 - ramp)
+        frequencies = frequencies / config.factor
+    elif config.kind == "yarn":
+        ramp = _yarn_ramp(config)
+        frequencies = frequencies / config.factor * ramp + frequencies * (1.0 - ramp)
+    return torch.nn.functional.pad(frequencies, (0, config.dim // 2 - config.turning_pairs))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -49,15 +52,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def _yarn_ramp(config: RopeConfig) -> torch.Tensor:
     """0 for pairs that turn often within the original context (kept), 1 for those that do not (interpolated)."""
-    original = config.original_context
+    original, turning = config.original_context, 2 * config.turning_pairs
     assert original is not None, "a yarn config has its original context"
 
     def pair_with(rotations: float) -> float:
-        return config.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+        return turning * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
 
     low, high = pair_with(config.beta_fast), pair_with(config.beta_slow)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.dim - 1)
-    pairs = torch.arange(config.dim // 2, dtype=torch.float32)
+    low, high = max(low, 0), min(high, turning - 1)
+    pairs = torch.arange(config.turning_pairs, dtype=torch.float32)
     return ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -20,6 +21,10 @@ class Backend(Protocol):
     device: torch.device
     dtype: torch.dtype
     arithmetic: str  # what computes one token's products, for people and records
+
+    def step(self, count: int) -> AbstractContextManager[None]:
+        """Around a forward pass over `count` tokens and the choice of the next: the back-end may set its threads."""
+        ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [S] (int64, CPU) to x [S, H] fp32."""

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +78,10 @@ class OnnxRuntimeBackend:
         embedding = _values(embed_tensors(config))
         in_sessions = sum(map(_values, tables)) + (embedding if config.tied_embeddings else 0)
         return 4 * in_sessions + 2 * embedding
+
+    def step(self, count: int) -> AbstractContextManager[None]:
+        """Nothing to prepare: sessions have their own threads."""
+        return nullcontext()
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [S] to x [S, H] fp32."""

@@ -28,9 +28,9 @@ class Products:
         self._gated_kernel = self._kernel if activation == "silu" else None
 
     @property
-    def name(self) -> str:
-        """What computes one row."""
-        return "compiled kernel" if self._kernel else "torch"
+    def compiled(self) -> bool:
+        """Whether the kernel computes single rows."""
+        return self._kernel is not None
 
     def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """h [S, in] to [S, out], both in the compute dtype."""

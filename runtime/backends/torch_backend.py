@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from runtime.backends.attention import Attention, rms_norm
@@ -23,8 +26,9 @@ class TorchBackend:
         self.device = torch.device("cpu")
         self.dtype = dtype
         self._config: ModelConfig = config
+        self._threads = torch.get_num_threads()
         self._products = Products(dtype, config.activation)
-        self.arithmetic = self._products.name
+        self.arithmetic = "compiled kernel" if self._products.compiled else "torch"
         self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
         head = self._load(bundle, HEAD_FILE, head_tensors(config))
         self._norm, self._head = head["norm"], head.get("head", self._embed)
@@ -42,6 +46,17 @@ class TorchBackend:
         files = bundle.manifest.files
         stored = sum(e.bytes for name, e in files.items() if name.startswith("dense/") and name.endswith("tensors"))
         return stored * dtype.itemsize // 2
+
+    @contextmanager
+    def step(self, count: int) -> Iterator[None]:
+        """Decoding with the compiled kernel leaves torch only small operations. Those run on one thread: a parallel
+        region waits for its slowest thread, up to a whole time slice where another process has the core.
+        """
+        torch.set_num_threads(1 if count == 1 and self._products.compiled else self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._embed[token_ids].float() * self._config.embed_scale
