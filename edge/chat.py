@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edge import console
@@ -61,7 +62,7 @@ class Conversation:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, options: GenerateOptions, system: str | None) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._options = options
+        self._options = replace(options, reuse_prefix=True)
         self._opening = [{"role": "system", "content": system}] if system is not None else []
         self._messages = list(self._opening)
 

@@ -6,6 +6,7 @@ Prefill goes layer by layer over a whole chunk of the prompt, so that every need
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,14 @@ class Decoder:
         self.cache = cache
         self._kv_cache = kv_cache
         self._moe_layers = frozenset(config.moe_layers)
+        self._tokens: list[int] = []  # those whose rows are in the KV cache
         self.timing = Timing()
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The next S tokens [S] int64; returns the logits [V] fp32 after the last of them.
 
-        Raises ReadError when an expert cannot be read; `reset` makes the decoder usable again.
+        Raises ReadError when an expert cannot be read; `rewind` makes the decoder usable again.
         """
         size = prefill_chunk(self._config)
         for chunk in token_ids.split(size):
@@ -63,15 +65,22 @@ class Decoder:
         size = prefill_chunk(self._config)
         return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in token_ids.split(size)])
 
-    def reset(self) -> None:
-        """Forget the sequence; the expert cache stays warm."""
-        self._kv_cache.clear()
+    def shared_prefix(self, token_ids: Sequence[int]) -> int:
+        """How many of `token_ids` from the start are in the KV cache already, the last one never counted."""
+        pairs = zip(self._tokens, token_ids[:-1], strict=False)
+        return next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self._tokens), len(token_ids) - 1))
+
+    def rewind(self, length: int = 0) -> None:
+        """Keep the first `length` tokens of the sequence and forget the others; the expert cache stays warm."""
+        del self._tokens[length:]
+        self._kv_cache.length = length
 
     def _forward_chunk(self, token_ids: torch.Tensor) -> torch.Tensor:
         x = self._backend.embed(token_ids)
         for layer in range(self._config.num_layers):
             x = self._layer(layer, x)
         self._kv_cache.advance(len(token_ids))
+        self._tokens += token_ids.tolist()
         return x
 
     def _layer(self, layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits [S, V] fp32 after every token of a fresh sequence (teacher forcing), on the CPU."""
-        self.decoder.reset()
+        self.decoder.rewind()
         return self.decoder.forward_all(torch.tensor(self.encode(token_ids))).cpu()
 
     def empty_cache(self) -> None:
@@ -216,10 +216,11 @@ class Engine:
 
     def _tokens(self, run: _Run, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int) -> Tokens:
         """The loop: forward, sample, record, yield. Sets the finish reason."""
-        meter, stream = Meter(), run.stream
-        self.decoder.reset()
+        meter, stream = Meter(self._loader.busy_ns()), run.stream
+        run.summary.reused_tokens = self.decoder.shared_prefix(ids) if options.reuse_prefix else 0
+        self.decoder.rewind(run.summary.reused_tokens)
         self._cache.take_stats()
-        history, inputs = list(ids), torch.tensor(ids)
+        history, inputs = list(ids), torch.tensor(ids[run.summary.reused_tokens :])
         reason: FinishReason | None = None
         for index in range(options.max_new_tokens):
             with self._backend.step(len(inputs)):

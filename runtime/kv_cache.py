@@ -34,10 +34,6 @@ class KVCache:
         """`tokens` more rows are valid in every layer."""
         self.length += tokens
 
-    def clear(self) -> None:
-        """Forget every token; the memory stays."""
-        self.length = 0
-
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one token takes in the cache over all layers."""

@@ -53,7 +53,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How text is generated. `temperature` 0 is greedy."""
+    """How text is generated. `temperature` 0 is greedy.
+
+    With `reuse_prefix` a conversation is not read again for each answer; the rows were computed one by one instead of
+    together, so in low precision the answer can differ from that of a fresh sequence.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -63,6 +67,7 @@ class GenerateOptions:
     seed: int = 0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    reuse_prefix: bool = False  # keep the KV rows of what the prompt has in common with the sequence before
 
     def sampling(self) -> SamplingOptions:
         """The part that the sampler needs. Raises UsageError for values that cannot be."""

@@ -47,9 +47,10 @@ class TokenRecord:
 class Meter:
     """Turns what decoder, cache and loader have counted since the last token into a TokenRecord."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy_ns: int) -> None:
+        """`busy_ns`: the loader's busy time so far."""
         self._faults = _faults()
-        self._busy_ns = 0
+        self._busy_ns = busy_ns
 
     def record(
         self, index: int, token_id: int, total_ns: int, timing: Timing, stats: CacheStats, busy_ns: int
@@ -87,6 +88,7 @@ class Summary:
     """A run in figures; None where nothing was measured. Rates and hit rate are over decode, without prefill."""
 
     prompt_tokens: int
+    reused_tokens: int = 0  # of the prompt, whose KV rows were there already
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason = "length"

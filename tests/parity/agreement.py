@@ -28,7 +28,7 @@ def assert_agrees(bundle: Path, reference: Any, backend: Any) -> None:
         scale = float(expected.max() - expected.min())
         prefill = engine.logits(whole[0].tolist())
         assert float((prefill - expected).abs().max()) < TOLERANCE * scale
-        engine.decoder.reset()
+        engine.decoder.rewind()
         for position, token in enumerate(whole[0]):
             decode = engine.decoder.forward(token[None])
             assert float((decode - expected[position]).abs().max()) < TOLERANCE * scale, position

@@ -27,7 +27,7 @@ def all_logits(bundle: Path, **options: object) -> tuple[torch.Tensor, int]:
     """Logits of a prefill and of the same tokens one by one, and the experts read."""
     with Engine.open(bundle, EngineOptions(context=64, **options)) as engine:  # type: ignore[arg-type]
         prefill = engine.logits(PROMPT)
-        engine.decoder.reset()
+        engine.decoder.rewind()
         decode = torch.stack([engine.decoder.forward(torch.tensor([token])) for token in PROMPT])
         engine.check_integrity()
         return torch.cat([prefill, decode]), engine.decoder.cache.take_stats().bytes // engine.slot_bytes

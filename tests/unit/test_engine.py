@@ -42,6 +42,7 @@ def test_a_record_adds_up_and_is_complete(bundle: Path, tmp_path: Path) -> None:
         assert parts == pytest.approx(line["total_ms"], rel=0.02)
         assert min(line[f"{part}_ms"] for part in ("dense", "routing", "wait", "expert", "other")) >= 0
         assert len(line["hits"]) == len(line["misses"]) == 3
+        assert line["read_busy_ms"] <= line["total_ms"] + 1
     for line in lines[1:]:
         assert [h + m for h, m in zip(line["hits"], line["misses"], strict=True)] == [3, 3, 3]
         assert line["bytes"] == sum(line["misses"]) * 16384  # 3 x 40 x 64 fp16 values, padded to whole pages
@@ -73,7 +74,21 @@ def test_an_interrupted_run_closes_its_record(bundle: Path, tmp_path: Path) -> N
     assert [line["type"] for line in lines] == ["run", "prefill", "token", "end", "run", "prefill", "token", "end"]
     assert lines[3]["finish_reason"] == "interrupted"
     assert lines[4]["cache"] == "warm"
+    assert lines[5]["read_busy_ms"] <= lines[5]["total_ms"]
     assert first == again
+
+
+def test_a_conversation_goes_on_where_it_stopped(bundle: Path) -> None:
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4, dtype="fp32")) as engine:
+        answer = [t.id for t in engine.generate(IDS, GenerateOptions(5, ignore_eos=True))]
+        longer = [*IDS, *answer, 9, 10]
+        again = GenerateOptions(5, ignore_eos=True, reuse_prefix=True)
+        continued = [t.id for t in engine.generate(longer, again)]
+        assert engine.summary().reused_tokens == len(IDS) + 4  # the last answer token was never an input
+        assert engine.generate(longer, again).__next__().id == continued[0]
+        assert engine.summary().reused_tokens == len(longer) - 1
+        assert [t.id for t in engine.generate(longer, GenerateOptions(5, ignore_eos=True))] == continued
+        assert engine.summary().reused_tokens == 0
 
 
 def test_end_of_text_stops_unless_ignored(bundle: Path) -> None:
