@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral", "granitemoe", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMMON: dict[str, Any] = {
     "vocab_size": 200,
@@ -58,6 +58,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
     "deepseek_v3": {**_LATENT, "n_routed_experts": 12, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+    "glm4_moe": {
+        "moe_intermediate_size": 40,
+        "head_dim": 24,
+        "attention_bias": True,
+        "n_routed_experts": 12,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
 }
 
 

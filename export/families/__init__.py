@@ -8,6 +8,7 @@ from typing import Any
 from export.families.base import Family
 from export.families.deepseek_v2 import DeepseekV2
 from export.families.deepseek_v3 import DeepseekV3
+from export.families.glm4_moe import Glm4Moe
 from export.families.granitemoe import GraniteMoe
 from export.families.mixtral import Mixtral
 from export.families.olmoe import Olmoe
@@ -19,7 +20,7 @@ from runtime.errors import BundleError, CheckpointError
 
 def families() -> dict[str, Family]:
     """Every known family, by model_type."""
-    known = (Qwen2Moe(), Qwen3Moe(), Olmoe(), Mixtral(), GraniteMoe(), DeepseekV2(), DeepseekV3())
+    known = (Qwen2Moe(), Qwen3Moe(), Olmoe(), Mixtral(), GraniteMoe(), DeepseekV2(), DeepseekV3(), Glm4Moe())
     return {family.model_type: family for family in known}
 
 

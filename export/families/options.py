@@ -7,6 +7,7 @@ other one stops the export, because ignoring it could silently change the arithm
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from runtime.config import RopeConfig
@@ -156,25 +157,29 @@ class Options:
         if window_in_use and window is not None and 0 < window < max_context:
             self.refuse("sliding_window", window, f"is in use and below the context of {max_context}: not supported")
 
-    def rope(self, dim: int, max_context: int, default_theta: float = 10000.0) -> RopeConfig:
-        """Both spellings: rope_theta with rope_scaling (hub), and rope_parameters (transformers 5)."""
+    def rope(
+        self, dim: int, max_context: int, default_theta: float = 10000.0, partial: float | None = None
+    ) -> RopeConfig:
+        """Both spellings: rope_theta with rope_scaling (hub), and rope_parameters (transformers 5).
+
+        `partial` is the family's default of partial_rotary_factor; None: only the whole head may turn.
+        """
         theta = self.number("rope_theta", default_theta)
         scaling = self._rope_settings()
         values = Options(scaling, frozenset())
         unknown = sorted(set(scaling) - _ROPE_KEYS)
         if unknown:
             self.refuse("rope_scaling", unknown[0], f"has an unknown key (known: {', '.join(sorted(_ROPE_KEYS))})")
-        if values.number("partial_rotary_factor", 1.0) != 1.0 or self.number("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse("partial_rotary_factor", scaling.get("partial_rotary_factor"), "is not supported (known: 1.0)")
+        turning = self._turning(values, dim, partial)
         theta = values.number("rope_theta", theta)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
-            return RopeConfig(dim, theta)
+            return RopeConfig(dim, theta, turning=turning)
         if kind == "linear":
-            return RopeConfig(dim, theta, "linear", values.number("factor"))
+            return RopeConfig(dim, theta, "linear", values.number("factor"), turning=turning)
         if kind != "yarn":
             self.refuse("rope_scaling.rope_type", kind, "is not supported (known: default, linear, yarn)")
-        return _yarn(values, dim, theta, max_context)
+        return replace(_yarn(values, dim, theta, max_context), turning=turning)
 
     def rope_number(self, name: str) -> float | None:
         """One number of the rope's settings; None when absent."""
@@ -190,6 +195,21 @@ class Options:
     def refuse(self, name: str, value: Any, why: str) -> None:
         """Raise CheckpointError about one option."""
         raise CheckpointError(f"config.json ({self.model_type}): {name} = {value!r:.80} {why}")
+
+    def _turning(self, rope: Options, dim: int, default: float | None) -> int | None:
+        """RopeConfig.turning by partial_rotary_factor, of which transformers prefers the one inside the rope's own
+        settings. Raises CheckpointError.
+        """
+        name = "partial_rotary_factor"
+        factor = rope.number(name, self.number(name, 1.0 if default is None else default))
+        if factor == 1.0:
+            return None
+        if default is None:
+            self.refuse(name, factor, "is not supported (known: 1.0)")
+        turning = int(dim * factor) if math.isfinite(factor) else 0
+        if not 2 <= turning <= dim or turning % 2 or dim % 2:
+            self.refuse(name, factor, f"of {dim} values per head is no even number between 2 and {dim}")
+        return None if turning == dim else turning
 
     def _rope_settings(self) -> dict[str, Any]:
         return {**self._take("rope_scaling", {}, dict), **self._take("rope_parameters", {}, dict)}
