@@ -99,7 +99,7 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _build(cls: type[Options], args: argparse.Namespace, defaults: Mapping[str, Any]) -> Options:
-    said = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
+    said = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     return cls(**{**defaults, **{name: value for name, value in said.items() if value is not None}})
 
 
