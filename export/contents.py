@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,30 +52,25 @@ class Bytes:
         target[:] = self.data[start : start + len(target)]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`count` values of a checkpoint tensor from value `first` on, at byte `offset` of the file."""
-
-    offset: int
-    info: TensorInfo
-    first: int
-    count: int
-
-
 class Tensors:
-    """A header, then pieces of tensors converted to `dtype` ("F16" or "F32") without gaps, then zeros."""
+    """A header, then pieces of tensors converted to `dtype` ("F16" or "F32") without gaps, then zeros.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, header: bytes, rows: Sequence[Rows]) -> None:
+    `end` is where the zeros begin, in bytes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, header: bytes, rows: Iterable[Rows]) -> None:
         self._checkpoint, self._header, self._dtype = checkpoint, header, dtype
         self._item_bytes = ITEM_BYTES[dtype]
-        self._pieces: list[Piece] = []
-        offset = len(header)
+        # Piece i: values of tensor infos[i] from value firsts[i] on, at bytes starts[i] to starts[i + 1] of the file.
+        # DeepSeek-V2 has half a million, the single rows of its interleaved rope: as objects they would be 130 MB.
+        self._infos: list[TensorInfo] = []
+        self._firsts, self._starts = array("q"), array("q", [len(header)])
         for run in rows:
-            piece = _piece(checkpoint, run, offset)
-            self._pieces.append(piece)
-            offset += piece.count * self._item_bytes
-        self._starts = [piece.offset for piece in self._pieces]
-        self.end = offset
+            info, first, count = _piece(checkpoint, run)
+            self._infos.append(info)
+            self._firsts.append(first)
+            self._starts.append(self._starts[-1] + count * self._item_bytes)
+        self.end = self._starts[-1]
 
     def fill(self, start: int, target: memoryview) -> None:
         """See Content.fill."""
@@ -82,22 +78,22 @@ class Tensors:
         if start < len(self._header):
             part = self._header[start:end]
             target[: len(part)] = part
-        for piece in self._pieces[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
-            if piece.offset >= end:
+        for piece in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self._infos)):
+            begin, stop = max(start, self._starts[piece]), min(end, self._starts[piece + 1])
+            if begin >= end:
                 break
-            begin, stop = max(start, piece.offset), min(end, piece.offset + piece.count * self._item_bytes)
             if begin < stop:
-                self._convert(piece, begin - piece.offset, target[begin - start : stop - start])
+                self._convert(piece, begin - self._starts[piece], target[begin - start : stop - start])
         if end > self.end:
             zeros = end - max(start, self.end)
             target[len(target) - zeros :] = bytes(zeros)
 
-    def _convert(self, piece: Piece, begin: int, target: memoryview) -> None:
-        first, count = piece.first + begin // self._item_bytes, len(target) // self._item_bytes
+    def _convert(self, piece: int, begin: int, target: memoryview) -> None:
+        first, count = self._firsts[piece] + begin // self._item_bytes, len(target) // self._item_bytes
         for done in range(0, count, _BLOCK_VALUES):
             size = min(_BLOCK_VALUES, count - done)
             block = target[done * self._item_bytes : (done + size) * self._item_bytes]
-            self._convert_block(piece.info, first + done, size, block)
+            self._convert_block(self._infos[piece], first + done, size, block)
 
     def _convert_block(self, info: TensorInfo, first: int, count: int, target: memoryview) -> None:
         item_bytes = ITEM_BYTES[info.dtype]
@@ -109,7 +105,8 @@ class Tensors:
         convert(source, result, f"{info.file}: tensor {info.name}, values {first} to {first + count - 1} of it,")
 
 
-def _piece(checkpoint: Checkpoint, rows: Rows, offset: int) -> Piece:
+def _piece(checkpoint: Checkpoint, rows: Rows) -> tuple[TensorInfo, int, int]:
+    """The tensor of `rows`, checked, the first of its values and their count. Raises CheckpointError."""
     info = checkpoint.tensors.get(rows.name)
     if info is None:
         raise CheckpointError(f"{checkpoint.path}: tensor {rows.name} is missing: incomplete, or another architecture")
@@ -121,4 +118,4 @@ def _piece(checkpoint: Checkpoint, rows: Rows, offset: int) -> Piece:
     width = rows.shape[-1] if len(rows.shape) > 1 else 1
     total = math.prod(rows.shape) // width
     count = total - rows.first if rows.count is None else rows.count
-    return Piece(offset, info, rows.first * width, count * width)
+    return info, rows.first * width, count * width
