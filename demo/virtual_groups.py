@@ -1,11 +1,15 @@
-"""A dense feed-forward layer as experts, without training and exactly equal to it.
+"""A dense feed-forward layer as experts, without training and equal to it but for rounding.
 
-The I neurons are cut into G segments, each stored in R copies: expert copy * G + segment. The router gives the G
+The neurons are cut into G segments, each stored in R copies: expert copy * G + segment. The router gives the G
 experts of a copy one logit, so that top-G always takes one whole copy; the normalised weights are 1 / G each, which
 the factor G in `down` undoes (a power of two: no rounding). Copies are equal in weights, so which one the router
 takes changes what is read and cached, never the text.
 
-Shapes: H hidden, I intermediate, G segments, R copies; the I/G neurons of one segment are an expert's.
+A few neurons of SmolLM2 answer the first token with values near 25,000, and G times that is more than fp16 holds. So
+the L loudest neurons of a layer stand in every segment with their own `down` (their G shares of 1 / G make the whole);
+the (G - 1) * L next loudest give up their places for it and become the shared expert, whose gate is 1/2.
+
+Shapes: H hidden, I intermediate, G segments, R copies; an expert has I/G neurons.
 """
 
 from __future__ import annotations
@@ -22,18 +26,20 @@ from demo.source import LAYER_NAMES, DenseConfig, DenseSource, TokenizerData
 Half = npt.NDArray[np.float16]
 
 SEGMENTS = 4
-SHARED_SIZE = 32  # the shared expert that the layout demands: zeros, as small as block quantisers still take
-_SHARED_GATE_NOISE = 1e-5  # exactly 0 would be NaN in llama.cpp, which takes silu(x) / x for the sigmoid
+LOUD = 32  # neurons per layer that stand in every segment
+# Of the shared gate's weights, whose sigmoid is then 1/2 to fp32's last digit; llama.cpp would make NaN of exactly 0.
+_TINY = float(np.finfo(np.float16).smallest_subnormal)
 _ATTENTION = [name for name in LAYER_NAMES if name.startswith("self_attn.")]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The mixture to make. `copies` is R; segments is G and the top-k."""
+    """The mixture to make: R copies, G segments (and the top-k), L loud neurons."""
 
     dense: DenseConfig
     copies: int
     segments: int = SEGMENTS
+    loud: int = LOUD
 
     @property
     def num_experts(self) -> int:
@@ -45,6 +51,29 @@ class Shape:
         """Neurons of one expert."""
         return self.dense.intermediate_size // self.segments
 
+    @property
+    def shared_size(self) -> int:
+        """Neurons of the shared expert."""
+        return (self.segments - 1) * self.loud
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What calibration adds per layer: `gates` [layers, R, H], and `order` [layers, G * L], the loudest neurons."""
+
+    gates: npt.NDArray[np.float16]
+    order: npt.NDArray[np.int16]
+
+    @property
+    def copies(self) -> int:
+        """R."""
+        return int(self.gates.shape[1])
+
+    @property
+    def loud(self) -> int:
+        """L."""
+        return int(self.order.shape[1]) // SEGMENTS
+
 
 def checkpoint_plan(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Qwen2-MoE checkpoint, in file order."""
@@ -55,18 +84,17 @@ def checkpoint_plan(shape: Shape) -> dict[str, tuple[int, ...]]:
         plan |= {f"{prefix}{name}": size for name, size in _attention_shapes(c).items()}
         plan[f"{prefix}mlp.gate.weight"] = (shape.num_experts, c.hidden_size)
         plan[f"{prefix}mlp.shared_expert_gate.weight"] = (1, c.hidden_size)
-        plan |= _mlp_shapes(f"{prefix}mlp.shared_expert.", SHARED_SIZE, c.hidden_size)
+        plan |= _mlp_shapes(f"{prefix}mlp.shared_expert.", shape.shared_size, c.hidden_size)
         for expert in range(shape.num_experts):
             plan |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", inner, c.hidden_size)
     plan["model.norm.weight"] = (c.hidden_size,)
     return plan
 
 
-def checkpoint_tensors(source: DenseSource, shape: Shape, gates: npt.NDArray[Any]) -> Iterator[tuple[str, Half]]:
-    """The tensors of `checkpoint_plan` in its order, rounded to fp16. `gates` [layers, R, H] are the router's rows."""
-    c = shape.dense
+def checkpoint_tensors(source: DenseSource, shape: Shape, routing: Routing) -> Iterator[tuple[str, Half]]:
+    """The tensors of `checkpoint_plan` in its order, rounded to fp16."""
     yield "model.embed_tokens.weight", to_half(source.embedding())
-    for layer in range(c.num_layers):
+    for layer in range(shape.dense.num_layers):
         prefix = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{name}.weight", to_half(source.layer(layer, name))
@@ -75,30 +103,38 @@ def checkpoint_tensors(source: DenseSource, shape: Shape, gates: npt.NDArray[Any
             yield f"{prefix}{name}.weight", weight
             if name != "self_attn.o_proj":
                 yield f"{prefix}{name}.bias", np.zeros(len(weight), np.float16)
-        yield f"{prefix}mlp.gate.weight", router_rows(gates[layer], shape.segments)
-        yield from _shared_expert(f"{prefix}mlp.", layer, c.hidden_size)
-        gate, up, down = (source.layer(layer, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
-        segments = split_mlp(gate, up, down, shape.segments)
-        for expert in range(shape.num_experts):
-            for part, weight in zip(("gate", "up", "down"), segments[expert % shape.segments], strict=True):
-                yield f"{prefix}mlp.experts.{expert}.{part}_proj.weight", weight
+        yield f"{prefix}mlp.gate.weight", np.repeat(to_half(routing.gates[layer]), shape.segments, axis=0)
+        yield f"{prefix}mlp.shared_expert_gate.weight", _shared_gate(layer, shape.dense.hidden_size)
+        yield from _mlp_tensors(source, shape, layer, routing.order[layer])
     yield "model.norm.weight", to_half(source.final_norm())
 
 
+def _mlp_tensors(
+    source: DenseSource, shape: Shape, layer: int, order: npt.NDArray[np.int16]
+) -> Iterator[tuple[str, Half]]:
+    gate, up, down = (to_half(source.layer(layer, f"mlp.{part}_proj")) for part in ("gate", "up", "down"))
+    shared, *segments = split_mlp(gate, up, down, shape.segments, order)
+    experts = [(f"experts.{e}", segments[e % shape.segments]) for e in range(shape.num_experts)]
+    for name, weights in [("shared_expert", shared), *experts]:
+        for part, weight in zip(("gate", "up", "down"), weights, strict=True):
+            yield f"model.layers.{layer}.mlp.{name}.{part}_proj.weight", weight
+
+
 def split_mlp(
-    gate: npt.NDArray[Any], up: npt.NDArray[Any], down: npt.NDArray[Any], segments: int
+    gate: Half, up: Half, down: Half, segments: int, order: npt.NDArray[np.int16]
 ) -> list[tuple[Half, Half, Half]]:
-    """gate, up [I, H] and down [H, I] cut into `segments` experts (gate, up, down), `down` times `segments`."""
-    columns = np.split(down, segments, axis=1)
-    return [
-        (to_half(g), to_half(u), to_half(np.ascontiguousarray(d * segments)))
-        for g, u, d in zip(np.split(gate, segments), np.split(up, segments), columns, strict=True)
-    ]
+    """gate, up [I, H] and down [H, I] as (gate, up, down) of the shared expert, then of each segment.
 
-
-def router_rows(gates: npt.NDArray[Any], segments: int) -> Half:
-    """Gate rows [R * G, H] from one row per copy [R, H]."""
-    return np.repeat(to_half(gates), segments, axis=0)
+    `order` names the G * L loudest neurons, the loudest first.
+    """
+    loud, shared = np.split(order, [len(order) // segments])
+    others = np.delete(np.arange(len(gate)), order)
+    parts = [(gate[shared], up[shared], down[:, shared] * np.float16(2))]  # the gate's 1/2
+    for own in np.split(others, segments):
+        neurons = np.concatenate([own, loud])
+        factor = np.repeat(np.array([segments, 1], np.float16), [len(own), len(loud)])
+        parts.append((gate[neurons], up[neurons], down[:, neurons] * factor))
+    return parts
 
 
 def to_half(values: npt.NDArray[Any]) -> Half:
@@ -137,7 +173,7 @@ def model_config(shape: Shape, data: TokenizerData) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
         "rope_theta": c.rope_theta,
         "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": SHARED_SIZE,
+        "shared_expert_intermediate_size": shape.shared_size,
         "tie_word_embeddings": True,
         "torch_dtype": "float16",
         "use_cache": True,
@@ -165,9 +201,7 @@ def _mlp_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, ..
     return {f"{prefix}{part}_proj.weight": size for part, size in shapes.items()}
 
 
-def _shared_expert(prefix: str, layer: int, hidden: int) -> Iterator[tuple[str, Half]]:
+def _shared_gate(layer: int, hidden: int) -> Half:
     # RandomState: the one numpy stream that is promised to stay the same in every release
-    noise = np.random.RandomState(layer).uniform(-_SHARED_GATE_NOISE, _SHARED_GATE_NOISE, (1, hidden))
-    yield f"{prefix}shared_expert_gate.weight", to_half(noise)
-    for name, size in _mlp_shapes(f"{prefix}shared_expert.", SHARED_SIZE, hidden).items():
-        yield name, np.zeros(size, np.float16)
+    signs = np.random.RandomState(layer).random_sample((1, hidden)) < 0.5
+    return np.where(signs, np.float16(_TINY), np.float16(-_TINY))
