@@ -13,12 +13,17 @@ PIP_ARGS ?=
 VENV_ARGS ?=
 PROMPT   ?= Write a short story about a lighthouse keeper.
 PYTEST_ARGS ?=
+# What `make profile` measures and how. On a board: BUNDLE=qwen.bundle PROFILE_ARGS="--protocol remoe"
+BUNDLE   ?= $(OUT)/demo.bundle
+WORKLOADS ?= sharegpt gsm8k humaneval
+PROFILE_ARGS ?= --slots-per-layer 8
+PROFILE  ?= $(OUT)/profile
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint bench clean
+.PHONY: help venv demo test test-fast lint bench profile report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +64,17 @@ lint: $(VENV)/.installed-test ## ruff (rules and format) and mypy
 
 bench: $(VENV)/.installed ## read rate, decode speed and their ceilings on this machine
 	$(BIN)/python -m bench --out $(OUT)/bench
+
+profile: $(VENV)/.installed ## measure the demo model (or BUNDLE=) over three workloads, with telemetry; then `make report`
+	test -f $(BUNDLE)/manifest.json || $(MAKE) demo
+	@# A folder per call: a run never writes over another one.
+	set -e; folder=$(PROFILE)/$$(date +%Y%m%d-%H%M%S); for workload in $(WORKLOADS); do \
+	  $(BIN)/edge profile $(BUNDLE) --workload $$workload --out $$folder/$$workload $(PROFILE_ARGS); done
+	$(MAKE) report
+
+report: $(VENV)/.installed ## the newest runs of `make profile` as HTML pages (needs matplotlib, which it installs)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[bench]"
+	@set -e; for run in $$(ls -d $(PROFILE)/*/ | tail -1)*/; do $(BIN)/edge report $$run; done
 
 clean: ## remove what was built; the environment stays (rm -r .venv removes it)
 	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

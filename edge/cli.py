@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "check this machine: memory, disk, back-ends",
     "generate": "stream text from a bundle",
     "chat": "talk to a bundle",
+    "profile": "measure tokens over a workload, with power and temperature beside them",
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }
 INTERRUPTED = 130
