@@ -1,4 +1,4 @@
-"""Matrix products of the torch back-end: torch's own, and for one row of fp16 the compiled kernel's."""
+"""Matrix products of the torch back-end: torch's own, and for a few rows of fp16 the compiled kernel's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+FEW_ROWS = 8  # up to here a product is bound by reading the weights, and the kernel reads them faster
+
+
 class Products:
     """Products with weights [out, in] in one compute dtype."""
 
@@ -29,19 +32,19 @@ class Products:
 
     @property
     def compiled(self) -> bool:
-        """Whether the kernel computes single rows."""
+        """Whether the kernel computes products of a few rows."""
         return self._kernel is not None
 
     def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """h [S, in] to [S, out], both in the compute dtype."""
-        if self._kernel is None or len(h) > 1:
+        if self._kernel is None or len(h) > FEW_ROWS:
             return functional.linear(h, weight, bias)
         y = self._kernel.linear(h.float(), weight)
         return (y if bias is None else y.add_(bias)).half()
 
     def linear_fp32(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Like `linear`, but the result is fp32 and, with the kernel, was never less."""
-        if self._kernel is None or len(h) > 1:
+        if self._kernel is None or len(h) > FEW_ROWS:
             return functional.linear(h, weight).float()
         return self._kernel.linear(h.float(), weight)
 
@@ -51,7 +54,7 @@ class Products:
         Real models have tokens whose inner values or outputs leave the range of fp16 (65,504), so there each row is
         divided by its largest inner value before the last product, and multiplied by it after.
         """
-        if self._gated_kernel is not None and len(h) == 1:
+        if self._gated_kernel is not None and len(h) <= FEW_ROWS:
             return self._gated_kernel.gated_mlp(h.float(), gate_up, down)
         gate, up = functional.linear(h, gate_up).chunk(2, dim=-1)
         if self._dtype != torch.float16:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from runtime.backends.attention import Attention, rms_norm
-from runtime.backends.products import Products
+from runtime.backends.products import FEW_ROWS, Products
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig
 from runtime.dense import load_tensors
@@ -49,10 +49,10 @@ class TorchBackend:
 
     @contextmanager
     def step(self, count: int) -> Iterator[None]:
-        """Decoding with the compiled kernel leaves torch only small operations. Those run on one thread: a parallel
+        """A few tokens with the compiled kernel leave torch only small operations. Those run on one thread: a parallel
         region waits for its slowest thread, up to a whole time slice where another process has the core.
         """
-        torch.set_num_threads(1 if count == 1 and self._products.compiled else self._threads)
+        torch.set_num_threads(1 if count <= FEW_ROWS and self._products.compiled else self._threads)
         try:
             yield
         finally:

@@ -1,8 +1,8 @@
-/* Matrix times one vector, fp16 weights, fp32 vectors, at the speed of memory.
+/* Matrix times a few vectors, fp16 weights, fp32 vectors, at the speed of memory.
  *
- * Decoding one token is nothing but such products, and a general library converts fp16 slowly when there is only one
- * column. Rows are handed out in small blocks to a few threads; every row is summed by one thread in one order, so the
- * result does not depend on how many threads there are or which of them was late.
+ * Decoding is nothing but such products, and a general library converts fp16 slowly when there are only a few columns.
+ * Rows are handed out in small blocks to a few threads; every sum is made by one thread in one order, so the result does
+ * not depend on how many threads there are, which of them was late, or how many vectors came together.
  */
 #include <math.h>
 #include <pthread.h>
@@ -13,13 +13,21 @@
 #include <string.h>
 
 typedef uint16_t half_t;
-typedef void (*rows_fn)(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols);
+
+/* y[v * y_step + r] = w[r] . x[v] for `rows` rows and `vectors` vectors of `cols` values */
+typedef struct {
+    const half_t *w;
+    const float *x;
+    float *y;
+    ptrdiff_t rows, cols, vectors, y_step;
+} product_t;
+typedef void (*product_fn)(const product_t *p);
 
 enum { BLOCK_ROWS = 16, MAX_THREADS = 64, SPINS = 2000, SMALL = 1 << 15 };
 #define OPEN 0x80000000u
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, BEST = -1 };
 
-/* ---- dot products, four rows at a time, per instruction set ---- */
+/* ---- dot products, up to four rows by four vectors at a time, per instruction set ---- */
 
 static float half_to_float(half_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
@@ -34,16 +42,34 @@ static float half_to_float(half_t h) {
     return value;
 }
 
-static void rows_portable(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        float sum = 0;
-        for (ptrdiff_t c = 0; c < cols; c++) sum += half_to_float(w[r * cols + c]) * x[c];
-        y[r] = sum;
+/* Each instruction set has one body; constant counts let the compiler unroll it, and TILES calls it over a product. */
+#define BODY static inline __attribute__((always_inline))
+#define TILES(body)                                                                                                    \
+    for (ptrdiff_t r = 0, n; r < p->rows; r += n) {                                                                    \
+        n = p->rows - r >= 4 ? 4 : 1;                                                                                  \
+        for (ptrdiff_t v = 0, m; v < p->vectors; v += m) {                                                             \
+            m = p->vectors - v >= 4 ? 4 : 1;                                                                           \
+            const half_t *w = p->w + r * p->cols;                                                                      \
+            const float *x = p->x + v * p->cols;                                                                       \
+            float *y = p->y + v * p->y_step + r;                                                                       \
+            if (n == 4 && m == 4) body(w, x, y, p->cols, p->y_step, 4, 4);                                             \
+            else if (n == 4) body(w, x, y, p->cols, p->y_step, 4, 1);                                                  \
+            else if (m == 4) body(w, x, y, p->cols, p->y_step, 1, 4);                                                  \
+            else body(w, x, y, p->cols, p->y_step, 1, 1);                                                              \
+        }                                                                                                              \
     }
+
+BODY void body_portable(const half_t *w, const float *x, float *y, ptrdiff_t cols, ptrdiff_t y_step, const int rows,
+                        const int vectors) {
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) {
+            float sum = 0;
+            for (ptrdiff_t c = 0; c < cols; c++) sum += half_to_float(w[i * cols + c]) * x[v * cols + c];
+            y[v * y_step + i] = sum;
+        }
 }
 
-/* Each instruction set has one body for `count` rows at a time; a constant count lets the compiler unroll it. */
-#define BODY static inline __attribute__((always_inline))
+static void product_portable(const product_t *p) { TILES(body_portable) }
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -56,91 +82,93 @@ WITH_AVX2 BODY float sum8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-WITH_AVX2 BODY void body_avx2(const half_t *w, const float *x, float *y, ptrdiff_t cols, const int count) {
-    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+WITH_AVX2 BODY void body_avx2(const half_t *w, const float *x, float *y, ptrdiff_t cols, ptrdiff_t y_step,
+                              const int rows, const int vectors) {
+    __m256 sums[4][4];
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) sums[v][i] = _mm256_setzero_ps();
     ptrdiff_t whole = cols & ~(ptrdiff_t)7;
-    for (ptrdiff_t c = 0; c < whole; c += 8) {
-        __m256 v = _mm256_loadu_ps(x + c);
-        for (int i = 0; i < count; i++)
-            sums[i] = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + i * cols + c))), v, sums[i]);
-    }
-    for (int i = 0; i < count; i++) {
-        y[i] = sum8(sums[i]);
-        for (ptrdiff_t c = whole; c < cols; c++) y[i] += half_to_float(w[i * cols + c]) * x[c];
-    }
-}
-
-WITH_AVX2 static void rows_avx2(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
-    ptrdiff_t r = 0;
-    for (; r + 4 <= rows; r += 4) body_avx2(w + r * cols, x, y + r, cols, 4);
-    for (; r < rows; r++) body_avx2(w + r * cols, x, y + r, cols, 1);
-}
-
-WITH_AVX512 BODY void body_avx512(const half_t *w, const float *x, float *y, ptrdiff_t cols, const int count) {
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    ptrdiff_t whole = cols & ~(ptrdiff_t)15;
-    for (ptrdiff_t c = 0; c < whole; c += 16) {
-        __m512 v = _mm512_loadu_ps(x + c);
-        for (int i = 0; i < count; i++) {
-            __m256i halves = _mm256_loadu_si256((const __m256i *)(w + i * cols + c));
-            sums[i] = _mm512_fmadd_ps(_mm512_cvtph_ps(halves), v, sums[i]);
+    for (ptrdiff_t c = 0; c < whole; c += 8)
+        for (int i = 0; i < rows; i++) {
+            __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + i * cols + c)));
+            for (int v = 0; v < vectors; v++)
+                sums[v][i] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + v * cols + c), sums[v][i]);
         }
-    }
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) {
+            float sum = sum8(sums[v][i]);
+            for (ptrdiff_t c = whole; c < cols; c++) sum += half_to_float(w[i * cols + c]) * x[v * cols + c];
+            y[v * y_step + i] = sum;
+        }
+}
+
+WITH_AVX2 static void product_avx2(const product_t *p) { TILES(body_avx2) }
+
+WITH_AVX512 BODY void body_avx512(const half_t *w, const float *x, float *y, ptrdiff_t cols, ptrdiff_t y_step,
+                                  const int rows, const int vectors) {
+    __m512 sums[4][4];
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) sums[v][i] = _mm512_setzero_ps();
+    ptrdiff_t whole = cols & ~(ptrdiff_t)15;
+    for (ptrdiff_t c = 0; c < whole; c += 16)
+        for (int i = 0; i < rows; i++) {
+            __m512 weights = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + i * cols + c)));
+            for (int v = 0; v < vectors; v++)
+                sums[v][i] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(x + v * cols + c), sums[v][i]);
+        }
     if (whole < cols) {
         __mmask16 mask = (__mmask16)((1u << (cols - whole)) - 1);
-        __m512 v = _mm512_maskz_loadu_ps(mask, x + whole);
-        for (int i = 0; i < count; i++) {
-            __m256i halves = _mm256_maskz_loadu_epi16(mask, w + i * cols + whole);
-            sums[i] = _mm512_fmadd_ps(_mm512_cvtph_ps(halves), v, sums[i]);
+        for (int i = 0; i < rows; i++) {
+            __m512 weights = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, w + i * cols + whole));
+            for (int v = 0; v < vectors; v++)
+                sums[v][i] = _mm512_fmadd_ps(weights, _mm512_maskz_loadu_ps(mask, x + v * cols + whole), sums[v][i]);
         }
     }
-    for (int i = 0; i < count; i++) y[i] = _mm512_reduce_add_ps(sums[i]);
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) y[v * y_step + i] = _mm512_reduce_add_ps(sums[v][i]);
 }
 
-WITH_AVX512 static void rows_avx512(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
-    ptrdiff_t r = 0;
-    for (; r + 4 <= rows; r += 4) body_avx512(w + r * cols, x, y + r, cols, 4);
-    for (; r < rows; r++) body_avx512(w + r * cols, x, y + r, cols, 1);
-}
+WITH_AVX512 static void product_avx512(const product_t *p) { TILES(body_avx512) }
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 
-BODY void body_neon(const half_t *w, const float *x, float *y, ptrdiff_t cols, const int count) {
-    float32x4_t low[4], high[4];
+BODY void body_neon(const half_t *w, const float *x, float *y, ptrdiff_t cols, ptrdiff_t y_step, const int rows,
+                    const int vectors) {
+    float32x4_t sums[4][4];
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) sums[v][i] = vdupq_n_f32(0);
     ptrdiff_t whole = cols & ~(ptrdiff_t)7;
-    for (int i = 0; i < count; i++) low[i] = high[i] = vdupq_n_f32(0);
-    for (ptrdiff_t c = 0; c < whole; c += 8) {
-        float32x4_t v0 = vld1q_f32(x + c), v1 = vld1q_f32(x + c + 4);
-        for (int i = 0; i < count; i++) {
-            float16x8_t m = vreinterpretq_f16_u16(vld1q_u16(w + i * cols + c));
-            low[i] = vfmaq_f32(low[i], vcvt_f32_f16(vget_low_f16(m)), v0);
-            high[i] = vfmaq_f32(high[i], vcvt_f32_f16(vget_high_f16(m)), v1);
+    for (ptrdiff_t c = 0; c < whole; c += 8)
+        for (int i = 0; i < rows; i++) {
+            float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(w + i * cols + c));
+            float32x4_t low = vcvt_f32_f16(vget_low_f16(halves)), high = vcvt_f32_f16(vget_high_f16(halves));
+            for (int v = 0; v < vectors; v++) {
+                sums[v][i] = vfmaq_f32(sums[v][i], low, vld1q_f32(x + v * cols + c));
+                sums[v][i] = vfmaq_f32(sums[v][i], high, vld1q_f32(x + v * cols + c + 4));
+            }
         }
-    }
-    for (int i = 0; i < count; i++) {
-        y[i] = vaddvq_f32(vaddq_f32(low[i], high[i]));
-        for (ptrdiff_t c = whole; c < cols; c++) y[i] += half_to_float(w[i * cols + c]) * x[c];
-    }
+    for (int v = 0; v < vectors; v++)
+        for (int i = 0; i < rows; i++) {
+            float sum = vaddvq_f32(sums[v][i]);
+            for (ptrdiff_t c = whole; c < cols; c++) sum += half_to_float(w[i * cols + c]) * x[v * cols + c];
+            y[v * y_step + i] = sum;
+        }
 }
 
-static void rows_neon(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
-    ptrdiff_t r = 0;
-    for (; r + 4 <= rows; r += 4) body_neon(w + r * cols, x, y + r, cols, 4);
-    for (; r < rows; r++) body_neon(w + r * cols, x, y + r, cols, 1);
-}
+static void product_neon(const product_t *p) { TILES(body_neon) }
 #endif
 
-static rows_fn kernel_for(int level) {
+static product_fn kernel_for(int level) {
 #if defined(__x86_64__)
     int has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl");
     int has256 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if ((level == BEST || level == AVX512) && has512) return rows_avx512;
-    if ((level == BEST || level == AVX2) && has256) return rows_avx2;
+    if ((level == BEST || level == AVX512) && has512) return product_avx512;
+    if ((level == BEST || level == AVX2) && has256) return product_avx2;
 #elif defined(__aarch64__)
-    if (level == BEST || level == NEON) return rows_neon;
+    if (level == BEST || level == NEON) return product_neon;
 #endif
-    return level == PORTABLE ? rows_portable : NULL;
+    return level == PORTABLE ? product_portable : NULL;
 }
 
 /* ---- a few threads that take blocks of rows ----
@@ -149,7 +177,7 @@ static rows_fn kernel_for(int level) {
  * and waits only for those that came: a helper that wakes late finds it closed and costs nothing.
  */
 
-static rows_fn kernel;
+static product_fn kernel;
 static int helpers; /* threads beside the caller's */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
@@ -157,20 +185,18 @@ static int asleep;
 static atomic_uint round_number;
 static atomic_uint gate;
 
-static struct {
-    const half_t *w;
-    const float *x;
-    float *y;
-    ptrdiff_t rows, cols;
-    atomic_ptrdiff_t next;
-} job;
+static product_t job;
+static atomic_ptrdiff_t next_row;
 
 static void work(void) {
+    product_t part = job;
     for (;;) {
-        ptrdiff_t row = atomic_fetch_add_explicit(&job.next, BLOCK_ROWS, memory_order_relaxed);
+        ptrdiff_t row = atomic_fetch_add_explicit(&next_row, BLOCK_ROWS, memory_order_relaxed);
         if (row >= job.rows) return;
-        ptrdiff_t count = job.rows - row < BLOCK_ROWS ? job.rows - row : BLOCK_ROWS;
-        kernel(job.w + row * job.cols, job.x, job.y + row, count, job.cols);
+        part.w = job.w + row * job.cols;
+        part.y = job.y + row;
+        part.rows = job.rows - row < BLOCK_ROWS ? job.rows - row : BLOCK_ROWS;
+        kernel(&part);
     }
 }
 
@@ -210,9 +236,10 @@ static void *helper(void *unused) {
     return NULL;
 }
 
-static void multiply(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
-    job.w = w, job.x = x, job.y = y, job.rows = rows, job.cols = cols;
-    atomic_store(&job.next, 0);
+/* y[vectors, rows] = x[vectors, cols] w[rows, cols]^T */
+static void multiply(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t vectors) {
+    job = (product_t){w, x, y, rows, cols, vectors, rows};
+    atomic_store(&next_row, 0);
     if (!helpers || rows * cols < SMALL) {
         work();
         return;
@@ -235,8 +262,8 @@ static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 
 /* Choose the instruction set (-1: the best there is) and have `threads` in all; threads never end.
  * Returns 0, or -1 when the processor has not got the instruction set or a thread did not start. */
-int edge_gemv_start(int level, int threads) {
-    rows_fn found = kernel_for(level);
+int edge_start(int level, int threads) {
+    product_fn found = kernel_for(level);
     if (!found || threads < 1) return -1;
     int failed = 0;
     pthread_mutex_lock(&turn);
@@ -253,19 +280,24 @@ int edge_gemv_start(int level, int threads) {
     return failed ? -1 : 0;
 }
 
-/* y[rows] = w[rows, cols] x[cols] */
-void edge_gemv(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols) {
+/* y[vectors, rows] = x[vectors, cols] w[rows, cols]^T */
+void edge_product(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t vectors) {
     pthread_mutex_lock(&turn);
-    multiply(w, x, y, rows, cols);
+    multiply(w, x, y, rows, cols, vectors);
     pthread_mutex_unlock(&turn);
 }
 
-/* y[hidden] = down[hidden, inner] (silu(gate x) * up x), gate_up[2 inner, hidden]; scratch[2 inner] */
+/* For each of the vectors x[hidden]: y[hidden] = down[hidden, inner] (silu(gate x) * up x), where gate_up[2 inner, hidden]
+ * holds gate, then up. scratch[3 inner] per vector. */
 void edge_gated_mlp(const half_t *gate_up, const half_t *down, const float *x, float *scratch, float *y,
-                    ptrdiff_t inner, ptrdiff_t hidden) {
+                    ptrdiff_t inner, ptrdiff_t hidden, ptrdiff_t vectors) {
+    float *product = scratch + vectors * 2 * inner;
     pthread_mutex_lock(&turn);
-    multiply(gate_up, x, scratch, 2 * inner, hidden);
-    for (ptrdiff_t i = 0; i < inner; i++) scratch[i] = scratch[i] / (1 + expf(-scratch[i])) * scratch[inner + i];
-    multiply(down, scratch, y, hidden, inner);
+    multiply(gate_up, x, scratch, 2 * inner, hidden, vectors);
+    for (ptrdiff_t v = 0; v < vectors; v++) {
+        const float *gate = scratch + v * 2 * inner, *up = gate + inner;
+        for (ptrdiff_t i = 0; i < inner; i++) product[v * inner + i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    }
+    multiply(down, product, y, hidden, inner, vectors);
     pthread_mutex_unlock(&turn);
 }

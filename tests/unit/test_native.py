@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime import native
-from runtime.native import Gemv
+from runtime.native import Kernel
 
 SHAPES = [(1, 1), (3, 7), (4, 8), (33, 40), (50, 577), (257, 1408), (2048, 576)]
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -26,9 +26,9 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def start(library: ctypes.CDLL, level: str, threads: int = 1) -> Gemv:
+def start(library: ctypes.CDLL, level: str, threads: int = 1) -> Kernel:
     try:
-        return Gemv(library, threads, LEVELS[level])
+        return Kernel(library, threads, LEVELS[level])
     except OSError:
         pytest.skip(f"this processor has no {level}")
 
@@ -39,10 +39,12 @@ def test_products_equal_fp64(library: ctypes.CDLL, level: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for rows, columns in SHAPES:
         weight = torch.randn(rows, columns, generator=generator).half()
-        x = torch.randn(1, columns, generator=generator)
+        x = torch.randn(7, columns, generator=generator)
         exact = x.double() @ weight.double().T
         # fp32 sums of up to 1408 products of size one: 2^-24 per addition, with room.
         assert torch.allclose(kernel.linear(x, weight).double(), exact, atol=1e-6 * columns), (rows, columns)
+        alone = torch.cat([kernel.linear(row[None], weight) for row in x])
+        assert torch.equal(kernel.linear(x, weight), alone), "a row's bits depend on the others"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -55,14 +57,14 @@ def test_special_halves_are_read_right(library: ctypes.CDLL, level: str) -> None
 
 def test_threads_give_the_same_bits(library: ctypes.CDLL) -> None:
     weight, x = torch.randn(999, 300).half(), torch.randn(1, 300)
-    one = Gemv(library, 1).linear(x, weight)
-    several = Gemv(library, 3)
+    one = Kernel(library, 1).linear(x, weight)
+    several = Kernel(library, 3)
     for _ in range(200):
         assert torch.equal(several.linear(x, weight), one)
 
 
 def test_callers_take_turns(library: ctypes.CDLL) -> None:
-    kernel = Gemv(library, 2)
+    kernel = Kernel(library, 2)
     weights = [torch.randn(400, 200).half() for _ in range(3)]
     x = torch.randn(1, 200)
     expected = [kernel.linear(x, w) for w in weights]
@@ -85,8 +87,8 @@ def test_gated_mlp_equals_fp64_beyond_the_range_of_fp16(library: ctypes.CDLL) ->
     generator = torch.Generator().manual_seed(1)
     gate_up = (20 * torch.randn(2 * 40, 64, generator=generator)).half()
     down = (20 * torch.randn(64, 40, generator=generator)).half()
-    x = torch.randn(1, 64, generator=generator)
+    x = torch.randn(6, 64, generator=generator)
     gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=-1)
     exact = (torch.nn.functional.silu(gate) * up) @ down.double().T
     assert float(exact.abs().max()) > 65504
-    assert torch.allclose(Gemv(library, 2).gated_mlp(x, gate_up, down).double(), exact, rtol=1e-4, atol=1.0)
+    assert torch.allclose(Kernel(library, 2).gated_mlp(x, gate_up, down).double(), exact, rtol=1e-4, atol=1.0)
