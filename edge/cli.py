@@ -29,8 +29,10 @@ COMMANDS = {
     "generate": "stream text from a bundle",
     "chat": "talk to a bundle",
     "profile": "measure tokens over a workload, with power and temperature beside them",
+    "report": "turn runs of edge profile into one HTML page",
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }
+MODULES = {"report": "report_html"}  # a subcommand whose module has another name
 INTERRUPTED = 130
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
@@ -115,7 +117,7 @@ def _run_command(name: str, words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         guess = f", did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown command {name!r}{guess} (known: {', '.join(COMMANDS)})\n  run: edge --help")
-    command = cast(Command, importlib.import_module(f"edge.{name}"))
+    command = cast(Command, importlib.import_module(f"edge.{MODULES.get(name, name)}"))
     parser = Parser(
         prog=f"edge {name}",
         description=command.HELP,

@@ -39,7 +39,7 @@ def test_help_and_version_need_no_torch() -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_that_opens_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(f"edge.{name}")
+    module = importlib.import_module(f"edge.{cli.MODULES.get(name, name)}")
     assert name == module.NAME
     assert cli.COMMANDS[name] == module.HELP
     assert cli.main([name, "--help"]) == 0
