@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "check this machine: memory, disk, back-ends",
     "generate": "stream text from a bundle",
     "chat": "talk to a bundle",
+    "forecast": "tell from a config whether a model fits a board, and how fast it can be at best",
     "profile": "measure tokens over a workload, with power and temperature beside them",
     "report": "turn runs of edge profile into one HTML page",
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",

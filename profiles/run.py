@@ -88,15 +88,21 @@ def profile(
 
 
 class _Samples:
-    """Passes samples on, and keeps the last one."""
+    """Passes samples on, and keeps the last one. What cannot be written ends the telemetry, not the run."""
 
     def __init__(self, writer: RunWriter) -> None:
         self._writer = writer
         self.last: Sample | None = None
+        self.problems: list[str] = []
 
     def add(self, sample: Sample) -> None:
         self.last = sample
-        self._writer.sample(sample)
+        if self.problems:
+            return
+        try:
+            self._writer.sample(sample)
+        except EdgeError as error:
+            self.problems.append(str(error))
 
     def hottest_c(self) -> float | None:
         zones = self.last.reading.temperatures_c.values() if self.last else ()
@@ -264,7 +270,7 @@ def _close(source: Source | None, samples: _Samples) -> list[str]:
     while time.monotonic() < limit and (samples.last is None or samples.last.time_ns < end_ns):
         time.sleep(0.01)
     source.close()
-    return source.problems
+    return [*source.problems, *samples.problems]
 
 
 __all__ = ["Outcome", "ProfileOptions", "profile"]

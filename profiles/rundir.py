@@ -21,10 +21,11 @@ from typing import IO, Any
 
 from profiles.telemetry.reading import Reading
 from profiles.telemetry.source import Sample
-from runtime.errors import UsageError
+from runtime.errors import EdgeError, UsageError
 from runtime.records import TokenRecord
 
 FORMAT = 1
+_NEEDED = ("bundle", "workload", "protocol", "requests", "machine", "start_time")
 HEADER, TOKENS, TELEMETRY, SUMMARY = "run.json", "tokens.jsonl", "telemetry.jsonl", "summary.json"
 
 
@@ -95,8 +96,9 @@ class RunWriter:
         _write(self._tokens, {"type": kind, "request": request, **asdict(record)})
 
     def end(self, request: int, finish_reason: str, text: str) -> None:
-        _write(self._tokens, {"type": "request_end", "index": request, "finish_reason": finish_reason, "text": text})
-        self._tokens.flush()
+        _write(
+            self._tokens, {"type": "request_end", "index": request, "finish_reason": finish_reason, "text": text}, True
+        )
 
     def summary(self, figures: dict[str, Any]) -> None:
         self._replace(SUMMARY, figures)
@@ -123,13 +125,17 @@ def load_run(path: Path) -> Run:
     header = _json(path / HEADER, path)
     if header.get("format") != FORMAT:
         raise UsageError(f"{path / HEADER}: format {header.get('format')!r}, this release reads {FORMAT}")
-    lines = _lines(path / TELEMETRY)
-    samples = [Sample(row["time_ns"], _reading(row)) for row in lines]
+    missing = [name for name in _NEEDED if name not in header]
+    if missing:
+        raise UsageError(f"{path / HEADER}: field {missing[0]!r} is missing: not written by edge profile")
     summary = _json(path / SUMMARY, path) if (path / SUMMARY).exists() else None
+    name = TELEMETRY
     try:
+        samples = [Sample(row["time_ns"], _reading(row)) for row in _lines(path / TELEMETRY)]
+        name = TOKENS
         requests = _requests(path / TOKENS)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path / TOKENS}: not written by edge profile ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path / name}: not written by edge profile ({error!r:.80})") from None
     return Run(path, header, requests, samples, summary)
 
 
@@ -177,5 +183,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def _write(file: IO[str], line: dict[str, Any]) -> None:
-    file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+def _write(file: IO[str], line: dict[str, Any], flush: bool = False) -> None:
+    """Raises EdgeError naming the file."""
+    try:
+        file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        if flush:
+            file.flush()
+    except OSError as error:
+        raise EdgeError(f"{file.name}: {error.strerror}") from None

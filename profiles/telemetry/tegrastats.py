@@ -41,12 +41,15 @@ class TegrastatsSource:
         self._broken: list[str] = []
         self._gaps_s: list[float] = []
         self._ended: str | None = None  # how it ended by itself
+        self._stuck: str | None = None
 
     @property
     def problems(self) -> list[str]:
         found = [] if self._ended is None else [f"{self._ended}; there is no telemetry after it"]
         if self._gaps_s:
             found.append(f"no line for up to {max(self._gaps_s):.1f} s ({len(self._gaps_s)} gaps)")
+        if self._stuck:
+            found.append(self._stuck)
         if self._broken:
             found.append(f"{len(self._broken)} lines could not be read, the first: {self._broken[0]}")
         return [f"{self.name}: {text}" for text in found]
@@ -84,6 +87,9 @@ class TegrastatsSource:
             _has_ended(process.pid, self._terminate_s)
         # The leader is not reaped yet, so its number still names our group and no other: end whoever is left in it.
         _signal_group(process.pid, signal.SIGKILL)
+        if not _has_ended(process.pid, self._terminate_s):
+            self._stuck = f"process {process.pid} does not end: see `ps`, and end it as root"
+            return
         process.wait()
         self._thread.join()
         if process.stdout is not None:

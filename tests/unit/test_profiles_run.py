@@ -17,7 +17,7 @@ from profiles import run as run_module
 from profiles.rundir import RunWriter, load_run
 from profiles.summary import summarize
 from runtime.engine import Engine
-from runtime.errors import UsageError
+from runtime.errors import EdgeError, UsageError
 from tests.checkpoints import make_checkpoint
 from tests.unit.fake_tegrastats import FakeTegrastats
 
@@ -254,10 +254,33 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             load_run(tmp_path)
     (tmp_path / "run.json").write_text('{"format": 1}')
-    (tmp_path / "telemetry.jsonl").write_text("")
-    (tmp_path / "tokens.jsonl").write_text('{"type": "token", "request": 3}\n')
-    with pytest.raises(UsageError, match="tokens.jsonl: not written by edge profile"):
+    with pytest.raises(UsageError, match=r"run.json: field 'bundle' is missing: not written by edge profile"):
         load_run(tmp_path)
+    needed = dict.fromkeys(["bundle", "workload", "protocol", "requests", "machine", "start_time"])
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, **needed}))
+    for name, line in (
+        ("telemetry", '{"RAM": 3}'),
+        ("telemetry", "[1]"),
+        ("tokens", '{"type": "token", "request": 3}'),
+    ):
+        for file in ("telemetry", "tokens"):
+            (tmp_path / f"{file}.jsonl").write_text(line + "\n" if file == name else "")
+        with pytest.raises(UsageError, match=f"{name}.jsonl: not written by edge profile"):
+            load_run(tmp_path)
+
+
+def test_a_full_disk_ends_telemetry_or_the_run_with_one_line(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RunWriter, sample: Any) -> None:
+        raise EdgeError("telemetry.jsonl: No space left on device")
+
+    monkeypatch.setattr(RunWriter, "sample", full)
+    done = edge(*SMALL, "--telemetry", "host")
+    assert done.code == 0 and done.summary["decode_tokens"] == 6
+    assert done.summary["telemetry_problems"] == ["telemetry.jsonl: No space left on device"]
+    done.folder.rename(done.folder.with_name("first"))
+    monkeypatch.setattr(RunWriter, "token", lambda self, request, record: full(self, record))
+    done = edge(*SMALL, "--telemetry", "none")
+    assert done.code == 1 and "edge: error: telemetry.jsonl: No space left on device" in done.err
 
 
 def test_settling_waits_for_a_steady_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
