@@ -82,12 +82,13 @@ def summary_rows(summary: dict[str, Any]) -> list[list[str]]:
     energy, telemetry, parts = summary["energy"], summary["telemetry"] or {}, summary["parts_ms"] or {}
     done = f"{summary['requests']} of {summary['requests_wanted']}"
     tpot = ", ".join(f"{name} {_number(value)}" for name, value in summary["tpot_ms"].items())
+    shares = ", ".join(f"{name.removesuffix('_ms')} {_number(ms)}" for name, ms in parts.items()) or "-"
     joules, rails = _number(energy["joules_per_token"]), " + ".join(energy["rails"]) or "no power rail"
     return [
         ["requests", f"{done}, {summary['decode_tokens']} tokens decoded"],
         ["TTFT", f"median {_number(summary['ttft_ms']['median'])} ms"],
         ["TPOT", f"{tpot} ms"],
-        ["parts", ", ".join(f"{name.removesuffix('_ms')} {_number(ms)}" for name, ms in parts.items()) + " ms"],
+        ["parts", f"{shares} ms"],
         ["hit rate", f"{_number(summary['hit_rate'], 100)} %"],
         ["read", f"{_number(summary['bytes_per_token'], 1e-6)} MB per token"],
         ["energy", f"{joules} J per token ({rails})"],

@@ -75,8 +75,10 @@ class RunWriter:
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from None
         self.path = path
-        self._tokens = open(path / TOKENS, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._telemetry = open(path / TELEMETRY, "w", encoding="utf-8")  # noqa: SIM115
+        # Written line by line, so that a run that is killed keeps all but its last one; the engine's clock stands still
+        # while a token is written.
+        self._tokens = open(path / TOKENS, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self._telemetry = open(path / TELEMETRY, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()  # samples come from a thread of their source
 
     def header(self, facts: dict[str, Any]) -> None:
@@ -96,9 +98,7 @@ class RunWriter:
         _write(self._tokens, {"type": kind, "request": request, **asdict(record)})
 
     def end(self, request: int, finish_reason: str, text: str) -> None:
-        _write(
-            self._tokens, {"type": "request_end", "index": request, "finish_reason": finish_reason, "text": text}, True
-        )
+        _write(self._tokens, {"type": "request_end", "index": request, "finish_reason": finish_reason, "text": text})
 
     def summary(self, figures: dict[str, Any]) -> None:
         self._replace(SUMMARY, figures)
@@ -183,11 +183,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def _write(file: IO[str], line: dict[str, Any], flush: bool = False) -> None:
+def _write(file: IO[str], line: dict[str, Any]) -> None:
     """Raises EdgeError naming the file."""
     try:
         file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
-        if flush:
-            file.flush()
     except OSError as error:
         raise EdgeError(f"{file.name}: {error.strerror}") from None

@@ -15,7 +15,7 @@ import pytest
 from edge.cli import main
 from profiles.compare import compare, differences, reduction
 from profiles.report.page import build_page, run_names
-from profiles.rundir import Request, Run, RunWriter
+from profiles.rundir import Request, Run, RunWriter, load_run
 from profiles.summary import summarize
 from profiles.telemetry.reading import Power, Reading
 from profiles.telemetry.source import Sample
@@ -234,6 +234,21 @@ def write_run(run: Run) -> None:
     if run.summary is not None:
         writer.summary({**run.summary, **summarize(run)})
     writer.close()
+
+
+def test_every_token_is_on_disk_at_once(tmp_path: Path) -> None:
+    """Tokens once waited in a buffer until their answer was complete: a run that was killed in its first had none."""
+    run = make_run(tmp_path / "a", [100.0])
+    writer = RunWriter(run.path)
+    writer.header(run.header)
+    writer.begin(run.requests[0])
+    for token in run.requests[0].records[:2]:
+        writer.token(0, token)
+    writer.sample(run.samples[0])
+    found = load_run(run.path)  # the writer is still open
+    writer.close()
+    assert found.requests[0].records == run.requests[0].records[:2]
+    assert (found.requests[0].complete, found.samples, found.summary) == (False, run.samples[:1], None)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
