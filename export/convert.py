@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from runtime import native
 from runtime.errors import CheckpointError
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -17,11 +18,14 @@ def convert(source: torch.Tensor, target: torch.Tensor, where: str) -> None:
     Raises CheckpointError, which opens with `where` and tells the range of `source`, when a value is NaN, infinite or
     does not fit. Values below the subnormals of fp16 become zero.
     """
+    finite = None
     if source.dtype is torch.bfloat16 and target.dtype is torch.float16:
-        _by_way_of_fp32(source, target)
+        finite = native.half_from_bf16(source, target)
+        if finite is None:
+            _by_way_of_fp32(source, target)
     else:
         target.copy_(source)
-    if not all_finite(target):
+    if not (all_finite(target) if finite is None else finite):
         raise CheckpointError(f"{where} {_problem(source, target.dtype)}")
 
 

@@ -20,7 +20,7 @@ from runtime.errors import ReadError
 from runtime.layout import PAGE_BYTES, expert_identity
 from runtime.storage import Storage
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 _LEAST_CHUNK_BYTES = 256 << 10
 _MAX_STALLS = 8  # reads in a row without progress before a blob counts as unreadable
 

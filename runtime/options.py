@@ -33,7 +33,7 @@ class EngineOptions:
     router: str = "base"
     context: int | None = None  # tokens of the KV cache; default: the model's, at most DEFAULT_CONTEXT
     direct_io: bool = True
-    read_threads: int = 4
+    read_threads: int = 8
     threads: int | None = None  # of the arithmetic; default: the library's own choice
     record: Path | None = None
 

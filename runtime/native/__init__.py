@@ -1,11 +1,13 @@
-"""The compiled kernel for decoding: fp16 matrix times a few fp32 vectors (gemv.c), built where a C compiler is found.
+"""Compiled kernels, built where a C compiler is found: fp16 matrix times a few fp32 vectors (gemv.c), which is what
+decoding on a CPU consists of, and bf16 to fp16 (convert.c), which is what exporting does.
 
-Without it torch does the same products, slower; the engine says which it is.
+Without them torch computes the same, slower; the engine says which it is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.machinery
 from pathlib import Path
 
@@ -43,19 +45,41 @@ class Kernel:
         return y
 
 
+def half_from_bf16(source: torch.Tensor, target: torch.Tensor) -> bool | None:
+    """Fill `target` (fp16) from `source` (bf16), both 1-D, contiguous and of one length, rounding to nearest even.
+
+    Whether all results are finite; None, and nothing done, where there is no kernel for it.
+    """
+    library = _library()
+    if library is None:
+        return None
+    answer = library.edge_half_from_bf16(
+        _POINTERS(source.data_ptr()), _POINTERS(target.data_ptr()), _SIZES(len(source))
+    )
+    return None if answer < 0 else bool(answer)
+
+
 def library_path() -> Path | None:
     """Where the compiled library lies, or None where it was not built."""
     folder = Path(__file__).parent
-    found = (folder / f"_gemv{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    found = (folder / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in found if path.is_file()), None)
 
 
-def load(threads: int) -> Kernel | None:
-    """The kernel, or None where it was not built or the processor has no suitable instructions."""
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, or None where it was not built or was built on another kind of machine."""
     path = library_path()
-    if path is None:
-        return None
     try:
-        return Kernel(ctypes.CDLL(str(path)), threads)
-    except OSError:  # built on another kind of machine: torch computes the same
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def load(threads: int) -> Kernel | None:
+    """The decoding kernel, or None where there is no library or the processor has no suitable instructions."""
+    library = _library()
+    try:
+        return None if library is None else Kernel(library, threads)
+    except OSError:  # torch computes the same
         return None

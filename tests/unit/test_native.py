@@ -92,3 +92,25 @@ def test_gated_mlp_equals_fp64_beyond_the_range_of_fp16(library: ctypes.CDLL) ->
     exact = (torch.nn.functional.silu(gate) * up) @ down.double().T
     assert float(exact.abs().max()) > 65504
     assert torch.allclose(Kernel(library, 2).gated_mlp(x, gate_up, down).double(), exact, rtol=1e-4, atol=1.0)
+
+
+def test_every_bf16_becomes_the_nearest_fp16(library: ctypes.CDLL) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    target = torch.empty(len(every), dtype=torch.float16)
+    assert native.half_from_bf16(every, target) is False
+    expected = every.float().half()
+    assert torch.equal(target.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(target[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
+def test_finite_means_every_result(library: ctypes.CDLL, count: int) -> None:
+    source, target = torch.ones(count, dtype=torch.bfloat16), torch.full((count + 1,), -1.0, dtype=torch.float16)
+    assert native.half_from_bf16(source, target[:count]) is True
+    assert target.tolist() == [1.0] * count + [-1.0]
+    for bad in range(count):
+        for value in (float("nan"), float("-inf"), 65536.0):
+            source[bad] = value
+            assert native.half_from_bf16(source, target[:count]) is False
+        source[bad] = 1.0
