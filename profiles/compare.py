@@ -80,6 +80,7 @@ def differences(base: Run, other: Run) -> list[tuple[str, Any, Any]]:
     """What else is not the same in two runs: (name, base, other). A comparison is fair when one row is left."""
     rows = [(name, _engine(base).get(name), _engine(other).get(name)) for name in ("model", *_SETTINGS)]
     rows += [(name, base.header["machine"].get(name), other.header["machine"].get(name)) for name in _MACHINE]
+    rows += [("clock_limits", base.header.get("clock_limits"), other.header.get("clock_limits"))]
     rows += [("workload", base.header["workload"]["sha256"], other.header["workload"]["sha256"])]
     left, right = base.header["protocol"], other.header["protocol"]
     rows += [(name, left.get(name), right.get(name)) for name in left if name != "name"]

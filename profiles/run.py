@@ -15,6 +15,7 @@ from typing import Any
 from profiles.protocol import Protocol
 from profiles.rundir import Request, RunWriter, load_run
 from profiles.summary import summarize
+from profiles.telemetry.files import clock_limits
 from profiles.telemetry.source import Sample, Source
 from profiles.telemetry.sources import INTERVAL_S, start_source
 from profiles.workloads import Prompt, Workload
@@ -198,6 +199,7 @@ class _Runner:
             "start_ns": time.monotonic_ns(),
             "start_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": describe(),
+            "clock_limits": clock_limits(),
         }
 
 

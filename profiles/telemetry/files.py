@@ -104,6 +104,27 @@ class BoardFiles:
         return found
 
 
+def clock_limits(root: Path = Path("/")) -> dict[str, dict[str, int] | None]:
+    """{"cpu", "gpu"}: lowest and highest MHz that the governor may choose; None where it is not told.
+
+    Equal limits are what jetson_clocks leaves behind: the clock is fixed.
+    """
+    cpus = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"))
+    gpus = sorted((root / "sys/class/devfreq").glob("*gpu*"))
+    return {
+        "cpu": _limits(cpus, "scaling_min_freq", "scaling_max_freq", 1000),
+        "gpu": _limits(gpus, "min_freq", "max_freq", 1_000_000),
+    }
+
+
+def _limits(folders: list[Path], low: str, high: str, per_mhz: int) -> dict[str, int] | None:
+    lows, highs = ([_integer(folder / name) for folder in folders] for name in (low, high))
+    known_lows, known_highs = ([value for value in values if value is not None] for values in (lows, highs))
+    if not known_lows or not known_highs:
+        return None
+    return {"min_mhz": min(known_lows) // per_mhz, "max_mhz": max(known_highs) // per_mhz}
+
+
 def sysfs_source(interval_s: float, root: Path = Path("/")) -> PolledSource:
     """The board's files. Raises TelemetryError when this is no board."""
     board = BoardFiles(root)

@@ -35,7 +35,7 @@ _TEMPERATURE = re.compile(r"([A-Za-z][\w.-]*)@(-?\d{1,4}(?:\.\d{1,6})?)C(?:/-?\d
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _RAIL = re.compile(r"(?:VDD|VIN|POM|AVDD|CVB)(?:_[A-Z0-9_]+)?|VDDRQ|SYS5V")  # what a lone number without unit may name
 _POWER = re.compile(r"(-?\d{1,7})(mW)?(?:/(-?\d{1,7})(?:mW)?)?(?:/(-?\d{1,7})(?:mW)?)?")
-_ENGINE = re.compile(r"off|(?:(\d{1,3})%)?(?:@(?:(\d{1,6})|\[([\d,\s]*)\]))?|(\d{1,6})")
+_ENGINE = re.compile(r"off|(?:(\d{1,3})%)?(?:@(?:(\d{1,6})|\[([\d,\s]{0,200})\]))?|(\d{1,6})")
 _LOADS = {"EMC_FREQ": "emc", "EMC": "emc", "GR3D_FREQ": "gr3d", "GR3D": "gr3d"}
 
 
@@ -180,7 +180,10 @@ def _scaled(value: int, unit: str) -> float:
 
 def _clocks(match: re.Match[str]) -> tuple[int, ...]:
     if match[3] is not None:
-        return tuple(int(word) for word in match[3].split(",") if word.strip())
+        words = re.findall(r"\d+", match[3])
+        if any(len(word) > 6 for word in words):
+            raise BrokenLineError(f"[{match[3]:.40}]: not clocks in MHz")
+        return tuple(map(int, words))
     single = match[2] or match[4]
     return (int(single),) if single else ()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from profiles.telemetry import source as source_module
-from profiles.telemetry.files import BoardFiles, sysfs_source
+from profiles.telemetry.files import BoardFiles, clock_limits, sysfs_source
 from profiles.telemetry.host import Rapl, host_source
 from profiles.telemetry.jtop import JtopSource
 from profiles.telemetry.reading import Power, Reading
@@ -170,6 +170,19 @@ def test_board_files(board: Path) -> None:
     assert reading.temperatures_c == {"cpu": 51.25, "cv0": None}
     assert (reading.ram_used_mib, reading.ram_total_mib, reading.swap_used_mib) == (3906.25, 15656.0, 1.0)
     assert (reading.cpu_percent, reading.cpu_mhz) == ((75.0, None), (1984, None))
+
+
+def test_clock_limits_tell_whether_jetson_clocks_has_been_run(board: Path) -> None:
+    assert clock_limits(board) == {"cpu": None, "gpu": None}
+    cpu, gpu = board / "sys/devices/system/cpu/cpu0/cpufreq", board / "sys/class/devfreq/17000000.gpu"
+    for path, value in (
+        (cpu / "scaling_min_freq", 729600), (cpu / "scaling_max_freq", 1984000),
+        (gpu / "min_freq", 918000000), (gpu / "max_freq", 918000000),
+    ):  # fmt: skip
+        path.write_text(f"{value}\n")
+    assert clock_limits(board) == {
+        "cpu": {"min_mhz": 729, "max_mhz": 1984}, "gpu": {"min_mhz": 918, "max_mhz": 918},
+    }  # fmt: skip
 
 
 def test_a_machine_that_is_no_board_is_told_so(tmp_path: Path) -> None:

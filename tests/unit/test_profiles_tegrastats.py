@@ -206,6 +206,8 @@ def test_real_lines(name: str) -> None:
         ("RAM 512/2048kB", ("ram_used_mib",), 0.5),
         ("RAM 2/4GB", ("ram_total_mib",), 4096),
         ("GR3D_FREQ 7%@[305, 306]", ("gr3d_mhz",), [305, 306]),
+        ("GR3D_FREQ 7%@[305 306]", ("gr3d_mhz",), [305, 306]),
+        ("GR3D_FREQ @[]", ("gr3d_mhz",), []),
         ("GR3D_FREQ @318", ("gr3d_mhz",), [318]),
         ("GR3D_FREQ off", ("gr3d_percent",), None),
         ("EMC_FREQ @665", ("emc_mhz",), 665),
@@ -237,6 +239,9 @@ def test_forms_seen_in_the_field(line: str, path: tuple[str, ...], value: object
         ("cpu@1C cpu@2C", "cpu stands there twice"),
         ("13-32-2026 20:28:42 RAM 1/2MB", "13-32-2026 20:28:42 is no time"),
         ("RAM " + "9" * 5000 + "/1MB", "RAM: found"),
+        ("GR3D_FREQ 1%@[" + "9" * 5000 + "]", "GR3D_FREQ: found"),
+        ("GR3D_FREQ 1%@[" + "1," * 5000 + "]", "GR3D_FREQ: found"),
+        ("GR3D_FREQ 1%@[" + "1" * 40 + "]", "not clocks in MHz"),
     ],
 )
 def test_broken_lines_say_what_was_found(line: str, message: str) -> None:
