@@ -1,4 +1,4 @@
-"""Set before torch is imported: tiny models gain nothing from threads, and lose much where another process has the core."""
+"""Set before torch is imported: tiny models gain nothing from threads, and lose much where others have the cores."""
 
 import os
 
