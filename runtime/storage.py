@@ -66,7 +66,10 @@ def read_file(directory: int, path: str, size: int, direct: bool = True) -> memo
         descriptor = open_file(directory, path, size)
     try:
         pages = max(1, -(-size // mmap.PAGESIZE))
-        view = memoryview(mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # weights are walked through once per token: fewer pages to look up
+        view = memoryview(memory)
         done = 0
         while done < size:
             count = os.preadv(descriptor, [view[done : done + (64 << 20)]], done)
