@@ -114,3 +114,14 @@ def test_finite_means_every_result(library: ctypes.CDLL, count: int) -> None:
             source[bad] = value
             assert native.half_from_bf16(source, target[:count]) is False
         source[bad] = 1.0
+
+
+def test_silu_is_right_from_end_to_end_of_its_range(library: ctypes.CDLL) -> None:
+    """One neuron per value: gate and up are the value and 1, down passes it on."""
+    values = torch.cat([torch.linspace(-120, 120, 961), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 2e4, -2e4])]).half()
+    gate_up = torch.cat([values, torch.ones_like(values)])[:, None].repeat(1, len(values))
+    x = torch.zeros(1, len(values))
+    x[0, 0] = 1.0
+    found = Kernel(library, 1).gated_mlp(x, gate_up, torch.eye(len(values)).half())[0]
+    exact = torch.nn.functional.silu(values.double())
+    assert torch.allclose(found.double(), exact, rtol=1e-6, atol=1e-30)
