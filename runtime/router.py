@@ -9,17 +9,16 @@ weights = scores of those experts (/ their sum) * scale
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig, RouterConfig
-from runtime.dense import load_tensors, view_tensors
+from runtime.dense import load_tensors
 from runtime.errors import BundleError, UsageError
-from runtime.layout import router_tensors
-from runtime.storage import read_file
+from runtime.layout import BASE_ROUTER, router_tensors
+from runtime.router_file import check_base, gates_sha256, load_router
 
 
 class Router:
@@ -36,22 +35,23 @@ class Router:
     def load(cls, bundle: Bundle, name: str, device: torch.device) -> Router:
         """By the name of a router in the bundle, or the path of a router file for the same model.
 
-        Raises UsageError when there is neither, BundleError when the file is not a router of this model.
+        Raises UsageError when there is neither, BundleError when the file is not a router of this model,
+        or was tuned from another one.
         """
         shapes = router_tensors(bundle.config)
         if name in bundle.routers():
             return cls(bundle.config, load_tensors(bundle, f"routers/{name}.safetensors", shapes), device)
-        path = Path(name)
+        path, model = Path(name), bundle.manifest.source.name
         if not path.is_file():
             raise UsageError(f"no router {name!r} (in the bundle: {', '.join(bundle.routers())}; or give a file)")
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            data = read_file(directory, path.name, path.stat().st_size)
-            return cls(bundle.config, view_tensors(data, str(path), shapes), device)
+            tensors, provenance = load_router(path, shapes)
         except BundleError as error:
-            raise BundleError(f"{error}; {path} is not a router of {bundle.manifest.source.name}") from None
-        finally:
-            os.close(directory)
+            raise BundleError(f"{error}; {path} is not a router of {model}") from None
+        if provenance is not None:
+            base = load_tensors(bundle, BASE_ROUTER, shapes)
+            check_base(provenance, gates_sha256(base), path, model)
+        return cls(bundle.config, tensors, device)
 
     def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""

@@ -1,0 +1,1 @@
+"""Expert reuse: router tuning, routing traces, cache simulation. Stands on runtime alone."""
