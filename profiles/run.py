@@ -194,6 +194,7 @@ class _Runner:
             },
             "protocol": asdict(options.protocol),
             "requests": self.total,
+            "shape": _shape(self._engine),
             "generate": asdict(self._generate),
             "telemetry_interval_s": INTERVAL_S,
             "start_ns": time.monotonic_ns(),
@@ -256,6 +257,17 @@ def _encode(engine: Engine, options: ProfileOptions, note: Callable[[str], None]
     if len(found) < protocol.prompts:
         note(f"{options.workload.name} has {len(found)} prompts that can be run, not {protocol.prompts}")
     return found
+
+
+def _shape(engine: Engine) -> dict[str, Any]:
+    """What the expert ids of the token lines count."""
+    config = engine.config
+    return {
+        "moe_layers": list(config.moe_layers),
+        "experts": config.router.num_experts,
+        "top_k": config.router.top_k,
+        "blob_bytes": engine.slot_bytes,
+    }
 
 
 def _settings(engine: Engine) -> dict[str, Any]:

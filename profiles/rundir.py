@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,8 +94,7 @@ class RunWriter:
         _write(self._tokens, {"type": "request", **facts})
 
     def token(self, request: int, record: TokenRecord) -> None:
-        kind = "prefill" if record.index == 0 else "token"
-        _write(self._tokens, {"type": kind, "request": request, **asdict(record)})
+        _write(self._tokens, {**record.to_json(), "request": request})
 
     def end(self, request: int, finish_reason: str, text: str) -> None:
         _write(self._tokens, {"type": "request_end", "index": request, "finish_reason": finish_reason, "text": text})

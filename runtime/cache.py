@@ -32,6 +32,8 @@ class CacheStats:
 
     hits: list[int]
     misses: list[int]
+    experts: list[list[int]]  # ids asked for, in the order of the request (for one token the router's)
+    missed: list[list[int]]  # those of them that had to be read
     evictions: int = 0
     bytes: int = 0  # read, padding included
     read_ns: int = 0  # summed over blobs: first chunk begun to last chunk checked
@@ -156,7 +158,9 @@ class ExpertCache:
             pool.check_integrity()
 
     def _fresh_stats(self) -> CacheStats:
-        return CacheStats(hits=[0] * len(self._position), misses=[0] * len(self._position))
+        layers = len(self._position)
+        ids: tuple[list[list[int]], ...] = tuple([[] for _ in range(layers)] for _ in range(2))
+        return CacheStats([0] * layers, [0] * layers, *ids)
 
 
 @dataclass(eq=False)
@@ -184,6 +188,8 @@ class Request:
                 self._waiting.append(expert)
         self.stats.hits[self.position] += len(self._ready)
         self.stats.misses[self.position] += len(self._waiting)
+        self.stats.experts[self.position] += self.experts
+        self.stats.missed[self.position] += self._waiting
         try:
             self._issue()
         except ReadError:

@@ -7,7 +7,7 @@ import math
 import resource
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -42,6 +42,12 @@ class TokenRecord:
     evictions: int
     minor_faults: int
     major_faults: int
+    experts: list[list[int]] = field(default_factory=list)  # per layer; empty in records of older releases
+    missed: list[list[int]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of this token, not copied: writing it must cost next to nothing."""
+        return {"type": "prefill" if self.index == 0 else "token", **vars(self)}
 
 
 class Meter:
@@ -80,6 +86,8 @@ class Meter:
             evictions=stats.evictions,
             minor_faults=minor - before[0],
             major_faults=major - before[1],
+            experts=stats.experts,
+            missed=stats.missed,
         )
 
 
@@ -140,7 +148,7 @@ class Recorder:
 
     def token(self, record: TokenRecord) -> None:
         if self._file is not None:
-            self._write({"type": "prefill" if record.index == 0 else "token", **asdict(record)})
+            self._write(record.to_json())
 
     def end(self, summary: dict[str, Any]) -> None:
         """The last line of a run; a file without it was cut off."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from profiles.experts import ExpertUse
 from profiles.report.lines import telemetry_rows
 from profiles.rundir import Run
 from profiles.summary import PARTS, layer_hit_rates
@@ -51,9 +52,9 @@ class Drawing:
             "xtick.color": "#4b5563", "ytick.color": "#4b5563", "figure.dpi": 110,
         })  # fmt: skip
 
-    def figure(self, rows: int = 1, height: float = 3.0, **options: Any) -> tuple[Any, Any]:
+    def figure(self, rows: int = 1, height: float = 3.0, columns: int = 1, **options: Any) -> tuple[Any, Any]:
         """A figure and its axes."""
-        figure, axes = self._pyplot.subplots(rows, 1, figsize=(_WIDTH, height), layout="constrained", **options)
+        figure, axes = self._pyplot.subplots(rows, columns, figsize=(_WIDTH, height), layout="constrained", **options)
         return figure, axes
 
     def svg(self, figure: Any, name: str) -> str:
@@ -173,6 +174,23 @@ def heat_map(drawing: Drawing, run: Run) -> str:
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes, label="misses per token", pad=0.01)
     return drawing.svg(figure, "heat")
+
+
+def expert_map(drawing: Drawing, use: ExpertUse, name: str = "experts") -> str:
+    """How often each expert of each layer was asked for, and read again, per hundred decoded tokens."""
+    layers, experts = use.asked.shape
+    figure, axes = drawing.figure(height=1.0 + 0.07 * max(20, layers), columns=2)
+    parts = (("asked for", use.asked, "viridis_r"), ("read again in the same answer", use.read_again, "magma_r"))
+    for axis, (title, counts, colours) in zip(axes, parts, strict=True):
+        shares = 100 * counts / max(1, use.tokens)
+        image = axis.imshow(shares, aspect="auto", cmap=colours, vmin=0, vmax=max(1.0, shares.max()),
+                            interpolation="nearest", extent=(-0.5, experts - 0.5, layers - 0.5, -0.5))  # fmt: skip
+        axis.set(xlabel="expert", title=title)
+        axis.title.set_fontsize(10)
+        axis.grid(visible=False)
+        figure.colorbar(image, ax=axis, label="per 100 tokens", pad=0.01)
+    axes[0].set_ylabel("layer with experts")
+    return drawing.svg(figure, name)
 
 
 def time_axis(drawing: Drawing, run: Run) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.compare import Reduction, compare, differences
+from profiles.experts import ExpertUse, expert_use
 from profiles.report import figures
 from profiles.rundir import Request, Run
 from profiles.summary import decode_energy, summarize
@@ -41,6 +42,11 @@ _EXPLAIN = {
     "hits": ("Hit rate per layer", "Share of the experts asked for that were in the cache, over decode."),
     "bytes": ("Bytes per token", "Mean over all answers."),
     "heat": ("Misses by layer and place", "Dark: many experts had to be read there."),
+    "experts": (
+        "Experts by layer",
+        "Left: which experts the router asks for; an even colour is an even load. Right: those used before in the same "
+        "answer that had to leave the cache and came back: what a larger cache or a router with more reuse removes.",
+    ),
     "time": ("Tokens and machine on one time axis", "Both are stamped with the same clock (CLOCK_MONOTONIC)."),
 }
 
@@ -176,7 +182,18 @@ def _figures(drawing: figures.Drawing, runs: Sequence[Run], names: Sequence[str]
     if len(runs) == 1:
         drawn["heat"] = figures.heat_map(drawing, runs[0])
         drawn["time"] = figures.time_axis(drawing, runs[0])
-    return "".join(_section(*_EXPLAIN[name], svg) for name, svg in drawn.items())
+    sections = [_section(*_EXPLAIN[name], svg) for name, svg in drawn.items()]
+    maps = [
+        _expert_section(drawing, use, f" of {name}" if len(runs) > 1 else "", number)
+        for number, (run, name) in enumerate(zip(runs, names, strict=True))
+        if (use := expert_use(run)) is not None
+    ]
+    return "".join(sections[:4] + maps + sections[4:])
+
+
+def _expert_section(drawing: figures.Drawing, use: ExpertUse, whose: str, number: int) -> str:
+    title, text = _EXPLAIN["experts"]
+    return _section(title + whose, text, figures.expert_map(drawing, use, f"experts-{number}" if number else "experts"))
 
 
 def _requests_table(run: Run) -> str:

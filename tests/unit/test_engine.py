@@ -46,6 +46,10 @@ def test_a_record_adds_up_and_is_complete(bundle: Path, tmp_path: Path) -> None:
     for line in lines[1:]:
         assert [h + m for h, m in zip(line["hits"], line["misses"], strict=True)] == [3, 3, 3]
         assert line["bytes"] == sum(line["misses"]) * 16384  # 3 x 40 x 64 fp16 values, padded to whole pages
+        assert [len(set(ids)) for ids in line["experts"]] == [3, 3, 3]
+    for line in lines:
+        assert [len(ids) for ids in line["missed"]] == line["misses"]
+        assert all(set(missed) <= set(ids) for missed, ids in zip(line["missed"], line["experts"], strict=True))
     assert header["cache"] == "cold"
     assert header["machine"]["versions"]["torch"]
     assert end["finish_reason"] == "length"

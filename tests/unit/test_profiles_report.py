@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from edge.cli import main
 from profiles.compare import compare, differences, reduction
+from profiles.experts import expert_use
 from profiles.report.page import build_page, run_names
 from profiles.rundir import Request, Run, RunWriter, load_run
 from profiles.summary import summarize
@@ -182,6 +184,48 @@ def test_the_page_of_one_run(tmp_path: Path) -> None:
     assert "load, %" not in page  # nothing was told about loads
     assert "<b>150 ms</b>" in page and "<b>66.7 %</b>" in page and "<b>5.00 J</b>" in page
     assert "no Jetson board: the times say nothing about a board" in page
+
+
+def with_experts(run: Run) -> Run:
+    """Layer 0 always asks for expert 0; layer 1 takes turns between 1 and 2, with a slot for one of them only."""
+    for request in run.requests:
+        for token in request.records:
+            other = 1 + token.index % 2
+            ids = [[0], [other]] if token.index else [[0], [1, 2]]
+            missed = [[], [other]] if token.index else ids
+            at = request.records.index(token)
+            request.records[at] = dataclasses.replace(token, experts=ids, missed=missed)
+    run.header["shape"] = {"experts": 4}
+    return run
+
+
+def test_experts_that_come_back_are_counted(tmp_path: Path) -> None:
+    use = expert_use(with_experts(make_run(tmp_path / "a", [100.0, 100], tokens=6)))
+    assert use is not None and use.tokens == 10
+    # Decoded tokens at places 1 to 5: expert 2 at 1, 3, 5 and expert 1 at 2, 4, all used by the prompt.
+    assert use.asked.tolist() == [[10, 0, 0, 0], [0, 4, 6, 0]]
+    assert use.read.tolist() == use.read_again.tolist() == [[0, 0, 0, 0], [0, 4, 6, 0]]
+    assert expert_use(make_run(tmp_path / "b", [100.0])) is None  # records of an older release
+
+
+def test_an_expert_that_is_read_for_the_first_time_is_not_read_again(tmp_path: Path) -> None:
+    run = with_experts(make_run(tmp_path / "a", [100.0], tokens=4))
+    prefill = run.requests[0].records[0]
+    run.requests[0].records[0] = dataclasses.replace(prefill, experts=[[0], [3]], missed=[[0], [3]])
+    use = expert_use(run)
+    assert use is not None
+    assert use.read.tolist()[1] == [0, 1, 2, 0]
+    assert use.read_again.tolist()[1] == [0, 0, 1, 0]  # 2, then 1 for the first time each, then 2 again
+
+
+def test_the_expert_map_is_on_the_page(tmp_path: Path) -> None:
+    runs = [with_experts(make_run(tmp_path / name, [100.0, 200])) for name in ("a", "b")]
+    page = build_page(runs[:1], png=tmp_path / "figures")
+    check(page)
+    assert "Experts by layer" in headings(page) and (tmp_path / "figures/experts.png").exists()
+    page = build_page(runs)
+    check(page)
+    assert [text for text in headings(page) if "Experts" in text] == ["Experts by layer of a", "Experts by layer of b"]
 
 
 def test_warnings_before_the_figures(tmp_path: Path) -> None:
