@@ -1,0 +1,130 @@
+"""Writes a trace step by step, in constant memory: each array goes to a file of its own until the number of tokens is
+known, then all become one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from remoe.trace_file import header_bytes
+from runtime.errors import EdgeError, UsageError
+from runtime.strict import to_dict
+
+if TYPE_CHECKING:
+    from remoe.trace import TraceInfo
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_MAX_FP16 = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What a few tokens, one after the other, were routed to; arrays as in `Trace`, of any fitting dtype."""
+
+    experts: Array
+    weights: Array
+    tokens: Array
+    requests: Array
+    positions: Array
+    decode: Array
+    logits: Array | None = None
+    hidden: Array | None = None
+
+    def arrays(self, num_experts: int) -> dict[str, Array]:
+        """In the dtypes of the file. Raises UsageError for a logit or router input that fp16 cannot hold."""
+        found = {
+            "experts": np.asarray(self.experts, np.uint8 if num_experts <= 256 else np.uint16),
+            "weights": np.asarray(self.weights, np.float16),
+            "tokens": np.asarray(self.tokens, np.int32),
+            "requests": np.asarray(self.requests, np.int32),
+            "positions": np.asarray(self.positions, np.int32),
+            "decode": np.asarray(self.decode, np.uint8),
+        }
+        for name in ("logits", "hidden"):
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = _half(np.asarray(value), name)
+        return found
+
+
+class TraceWriter:
+    """Use as a context manager: leaving it writes the file, leaving it with an error writes nothing."""
+
+    def __init__(self, path: str | Path, info: TraceInfo, choice_bias: Array | None = None) -> None:
+        """Raises UsageError when nothing can be written beside `path`."""
+        self.path, self._info, self._choice_bias = Path(path), info, choice_bias
+        self._parts: dict[str, IO[bytes]] = {}
+        self._shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._count = 0
+        if not self.path.parent.is_dir() or not os.access(self.path.parent, os.W_OK):
+            raise UsageError(f"{self.path}: {self.path.parent} is no folder that can be written to")
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for part in self._parts.values():
+                part.close()
+
+    def add(self, block: Block) -> None:
+        """Append a block. Every block has the same arrays. Raises EdgeError when the disk is full."""
+        arrays = block.arrays(self._info.num_experts)
+        if self._parts and set(arrays) != set(self._parts):
+            raise ValueError(f"a block has {sorted(arrays)}, those before it {sorted(self._parts)}")
+        try:
+            for name, array in arrays.items():
+                if name not in self._parts:
+                    self._parts[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed on exit
+                    self._shapes[name] = (str(array.dtype), array.shape[1:])
+                self._parts[name].write(np.ascontiguousarray(array).tobytes())
+        except OSError as problem:
+            raise EdgeError(f"{self.path}: {problem.strerror}") from problem
+        self._count += len(arrays["tokens"])
+
+    def _finish(self) -> None:
+        if not self._count:
+            raise UsageError("nothing was routed: a trace needs at least one token")
+        shapes = {name: (dtype, (self._count, *rest)) for name, (dtype, rest) in self._shapes.items()}
+        last = b""
+        if self._choice_bias is not None:
+            bias = np.ascontiguousarray(self._choice_bias, np.float32)
+            shapes["choice_bias"], last = ("float32", bias.shape), bias.tobytes()
+        texts = {"trace": json.dumps(to_dict(self._info), allow_nan=False, sort_keys=True)}
+        staged = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with staged.open("xb") as file:
+                file.write(header_bytes(texts, shapes))
+                for part in self._parts.values():
+                    part.seek(0)
+                    shutil.copyfileobj(part, file, 1 << 20)
+                file.write(last)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(self.path)
+        except OSError as problem:
+            raise EdgeError(f"{self.path}: {problem.strerror}") from problem
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+def _half(values: Array, name: str) -> Array:
+    """To fp16, refusing what would become infinite."""
+    if values.dtype != np.float16 and values.size and not float(np.abs(values).max()) <= _MAX_FP16:
+        raise UsageError(f"{name}: a value of {float(np.abs(values).max())} does not fit fp16: leave --{name} out")
+    return values.astype(np.float16)
