@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bench.bandwidth import measure_bandwidth
 from bench.common import GB, MB, conclude, run_main, say, set_threads
 from bench.disk import MIB, THREADS, blob_files, measure_reads
 from bench.floor import Disk, PartCosts, Parts, active_bytes, median_floor
+from profiles.bandwidth import measure_bandwidth
 from runtime import backends
 from runtime.bundle import Bundle
 from runtime.engine import Engine, EngineOptions, GenerateOptions

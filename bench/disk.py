@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
 import random
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import GB, MB, conclude, interleaved, page_aligned, run_main, say
-from runtime.errors import EdgeError, UsageError
-from runtime.layout import PAGE_BYTES
+from bench.common import GB, MB, conclude, interleaved, run_main, say
+from profiles.raw_reads import RawReader, page_aligned
+from runtime.errors import EdgeError
 
 MIB = 1 << 20
 BLOCKS = (1 * MIB, 4 * MIB, 16 * MIB, None)  # None: a whole file at once
 THREADS = (1, 2, 4, 8)
-_LARGEST_BLOCK = 64 * MIB
 _WRITE_BLOCK = 8 * MIB
-
-Piece = tuple[int, int, int]  # descriptor, offset, bytes
 
 
 @dataclass(frozen=True)
@@ -52,69 +47,11 @@ class ReadRates:
         return max(rate for (size, _), rate in self.by_setting.items() if size == block)
 
 
-class RawReader:
-    """Reads pieces of files into a buffer per thread with O_DIRECT; nothing is hashed, nothing is kept."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Open every file. Raises UsageError for none at all or one that O_DIRECT cannot open."""
-        if not files:
-            raise UsageError("no files to read: give a bundle, or files of some megabytes")
-        self._files: list[tuple[int, int]] = []
-        try:
-            for path in files:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                self._files.append((descriptor, os.fstat(descriptor).st_size // PAGE_BYTES * PAGE_BYTES))
-        except OSError as error:
-            self.close()
-            raise UsageError(f"{error.filename}: cannot be read with O_DIRECT ({error.strerror})") from None
-        longest = min(_LARGEST_BLOCK, max(size for _, size in self._files))
-        self._buffers = [page_aligned(max(longest, 16 * MIB)) for _ in range(max(THREADS))]
-        self._random = random.Random(0)
-
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor, _ in self._files:
-            os.close(descriptor)
-        self._files = []
-
-    def rate(self, block: int | None, threads: int, total_bytes: int) -> float:
-        """Bytes per second over about `total_bytes` in random order."""
-        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        asked = 0
-        for piece in self._pieces(block, total_bytes):
-            pieces.put(piece)
-            asked += piece[2]
-        failures: list[OSError] = []
-        workers = [
-            threading.Thread(target=_read_all, args=(pieces, buffer, failures)) for buffer in self._buffers[:threads]
-        ]
-        begin = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        seconds = time.perf_counter() - begin
-        if failures:
-            raise EdgeError(f"reading failed: {failures[0].strerror}")
-        return asked / seconds
-
-    def _pieces(self, block: int | None, total_bytes: int) -> list[Piece]:
-        order = [(fd, offset, step) for fd, size in self._files for offset, step in _cut(size, block)]
-        self._random.shuffle(order)
-        chosen: list[Piece] = []
-        asked = 0
-        while asked < total_bytes:
-            piece = order[len(chosen) % len(order)]
-            chosen.append(piece)
-            asked += piece[2]
-        return chosen
-
-
 def measure_reads(
     files: Sequence[Path], bytes_each: int = 256 * MIB, rounds: int = 3, threads: Sequence[int] = THREADS
 ) -> ReadRates:
     """Rates over all block sizes and `threads`, interleaved. Raises UsageError for files that cannot be read."""
-    reader = RawReader(files)
+    reader = RawReader.open(files)
     settings = {f"{block} {count}": (block, count) for block in BLOCKS for count in threads}
     try:
         results = interleaved(
@@ -171,24 +108,6 @@ def print_reads(rates: ReadRates) -> None:
         name = "whole files" if block is None else f"{block // MIB} MiB blocks"
         cells = "  ".join(f"{rates.by_setting[block, n] / MB:10.0f}" for n in columns)
         say(f"  {name:32} {cells}")
-
-
-def _read_all(pieces: queue.SimpleQueue[Piece], buffer: memoryview, failures: list[OSError]) -> None:
-    while not failures:
-        try:
-            descriptor, offset, size = pieces.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            if os.preadv(descriptor, [buffer[:size]], offset) != size:
-                raise OSError(0, "a read came back short")
-        except OSError as error:
-            failures.append(error)
-
-
-def _cut(size: int, block: int | None) -> list[tuple[int, int]]:
-    step = min(block or size, size, _LARGEST_BLOCK)
-    return [(offset, min(step, size - offset)) for offset in range(0, size, step)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from bench.common import median_seconds
+from profiles.bandwidth import median_seconds
 from runtime import backends
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig

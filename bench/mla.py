@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn import functional
 
-from bench.bandwidth import measure_bandwidth
 from bench.common import GB, MB, conclude, interleaved, run_main, say, set_threads
+from profiles.bandwidth import measure_bandwidth
 from runtime.backends.attention import Attention, Weights, rms_norm
 from runtime.backends.products import Products
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig

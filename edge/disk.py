@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
-import random
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +14,8 @@ import numpy as np
 
 from edge.checks import Check
 from edge.console import format_bytes
+from profiles.raw_reads import RawReader
+from runtime.errors import EdgeError
 
 BLOCKS_BYTES = (1 << 20, 4 << 20, 16 << 20)
 _FILE_BYTES = 512 << 20
@@ -44,10 +43,13 @@ def disk_checks(folder: Path, file_bytes: int = _FILE_BYTES, seconds: float = _R
         with scratch_file(folder) as descriptor:
             size = fill(descriptor, file_bytes)
             with reader(descriptor) as (source, direct):
-                rates = {block: measure_read(source, size, block, seconds=seconds) for block in BLOCKS_BYTES}
+                raw = RawReader([(source, size)])
+                rates = {block: raw.rate(block, _THREADS, seconds=seconds) for block in BLOCKS_BYTES}
     except OSError as error:
         problem = f"{folder}: cannot write there ({error.strerror})"
         return [*rows, Check("read speed", "WARN", problem, "name a folder you may write to: edge doctor FOLDER")]
+    except EdgeError as error:
+        return [*rows, Check("read speed", "FAIL", f"{folder}: {error}", "dmesg names the drive and what it said")]
     return [*rows, direct_check(direct), speed_check(rates)]
 
 
@@ -109,31 +111,6 @@ def reader(descriptor: int) -> Iterator[tuple[int, bool]]:
         yield source, direct
     finally:
         os.close(source)
-
-
-def measure_read(source: int, size: int, block_bytes: int, threads: int = _THREADS, seconds: float = _READ_S) -> float:
-    """Bytes per second of aligned reads in random order by several threads for `seconds`."""
-    offsets = list(range(0, size - block_bytes + 1, block_bytes))
-    random.Random(0).shuffle(offsets)
-    order = itertools.cycle(offsets)
-    counts = [0] * threads
-    begin = time.monotonic()
-
-    def read(number: int) -> None:
-        buffer = mmap.mmap(-1, block_bytes)
-        while time.monotonic() < begin + seconds:
-            counts[number] += os.preadv(source, [buffer], next(order))
-
-    workers = [threading.Thread(target=read, args=(n,), daemon=True) for n in range(threads)]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    finally:  # after Ctrl-C, too, the descriptor must not be closed under a reader
-        for worker in workers:
-            worker.join()
-    return sum(counts) / (time.monotonic() - begin)
 
 
 def _open_again(descriptor: int, flags: int) -> int | None:

@@ -68,7 +68,7 @@ def model_figures(config: ModelConfig) -> dict[str, Any]:
         "kv_values_per_layer": row_values,
         "kv_bytes_per_token": _VALUE_BYTES * config.num_layers * row_values,
     }
-    return {**figures, "boards": [board_plan(board, figures) for board in BOARDS]}
+    return {**figures, "boards": [board_plan(board, config) for board in BOARDS]}
 
 
 def _of_bundle(path: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("dense weights", size(f["dense_bytes"])),
         ("KV cache per token", f"{size(f['kv_bytes_per_token'])} in fp16, {f['kv_values_per_layer']} values per layer"),
         ("router", size(f["router_bytes"])),
-        *((f"{plan['board']} board", _slots_in_words(f, plan)) for plan in f["boards"]),
+        *((plan["board"], _slots_in_words(f, plan)) for plan in f["boards"]),
     ]
     if f["kind"] == "bundle":
         rows += [

@@ -159,8 +159,12 @@ class ExpertCache:
 
     def _fresh_stats(self) -> CacheStats:
         layers = len(self._position)
-        ids: tuple[list[list[int]], ...] = tuple([[] for _ in range(layers)] for _ in range(2))
-        return CacheStats([0] * layers, [0] * layers, *ids)
+        return CacheStats(
+            hits=[0] * layers,
+            misses=[0] * layers,
+            experts=[[] for _ in range(layers)],
+            missed=[[] for _ in range(layers)],
+        )
 
 
 @dataclass(eq=False)
@@ -176,6 +180,8 @@ class Request:
     experts: Sequence[int]
     _ready: deque[tuple[int, int]] = field(default_factory=deque)
     _waiting: deque[int] = field(default_factory=deque)
+    _leaving: deque[int] = field(default_factory=deque)  # experts in the order in which they give their slots up
+    _computed: set[int] = field(default_factory=set)
     _outstanding: int = 0
     _done: queue.SimpleQueue[Load] = field(default_factory=queue.SimpleQueue)
 
@@ -186,6 +192,7 @@ class Request:
                 self._ready.append((expert, self.pool.pin(key)))
             else:
                 self._waiting.append(expert)
+        self._leaving.extend([*(expert for expert, _ in self._ready), *self._waiting])
         self.stats.hits[self.position] += len(self._ready)
         self.stats.misses[self.position] += len(self._waiting)
         self.stats.experts[self.position] += self.experts
@@ -237,9 +244,15 @@ class Request:
             self._outstanding += 1
 
     def _release(self, expert: int) -> None:
-        """The caller is done with an expert: its slot may go to the next read."""
-        self.pool.unpin((self.layer, expert))
-        self._issue()
+        """The caller is done with an expert: its slot may go to the next read.
+
+        Slots are given up in the order of the request, whichever read landed first: what a request for more experts
+        than there are slots leaves in the cache then does not depend on the disk's timing.
+        """
+        self._computed.add(expert)
+        while self._leaving and self._leaving[0] in self._computed:
+            self.pool.unpin((self.layer, self._leaving.popleft()))
+            self._issue()
 
     def _land(self) -> tuple[int, int]:
         """Wait for the next read to end and publish it. Raises ReadError, after freeing the slot, when it failed."""

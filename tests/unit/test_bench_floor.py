@@ -10,11 +10,13 @@ import pytest
 
 from bench import disk
 from bench.cgroup import MemoryGroup, Verdict
-from bench.common import interleaved, median_seconds, page_aligned
+from bench.common import interleaved
 from bench.decode import DecodeOptions, Round, parse_slots, summarise
-from bench.disk import MIB, RawReader, ReadRates, blob_files, measure_reads, measure_write
+from bench.disk import MIB, ReadRates, blob_files, measure_reads, measure_write
 from bench.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
 from bench.memory_limit import LimitOptions, check_enough, check_refused
+from profiles.bandwidth import median_seconds
+from profiles.raw_reads import RawReader, page_aligned
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 from runtime.errors import EdgeError, UsageError
 from runtime.records import TokenRecord
@@ -119,10 +121,11 @@ class TestDisk:
     def test_pieces_cover_each_file_once(self, direct_folder: Path) -> None:
         """A file of 2 MiB and 100 bytes: two blocks, the tail below a page left out."""
         (direct_folder / "x").write_bytes(bytes(2 * MIB + 100))
-        reader = RawReader([direct_folder / "x"])
+        reader = RawReader.open([direct_folder / "x"])
         pieces = sorted(piece[1:] for piece in reader._pieces(MIB, 2 * MIB))
         assert pieces == [(0, MIB), (MIB, MIB)]
         assert reader.rate(MIB, 2, 2 * MIB) > 0
+        assert reader.rate(None, 1, seconds=0.01) > 0
         reader.close()
 
     def test_every_setting_is_measured(self, direct_folder: Path) -> None:
@@ -138,9 +141,9 @@ class TestDisk:
 
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="nothing: cannot be read with O_DIRECT"):
-            RawReader([tmp_path / "nothing"])
+            RawReader.open([tmp_path / "nothing"])
         with pytest.raises(UsageError, match="no files to read"):
-            RawReader([])
+            RawReader.open([])
 
     def test_finds_blobs_before_other_files(self, tmp_path: Path) -> None:
         (tmp_path / "large").write_bytes(bytes(MIB))

@@ -13,6 +13,8 @@ import pytest
 from edge import checks, disk, doctor, probe
 from edge.checks import Check
 from edge.cli import main
+from profiles.raw_reads import RawReader
+from runtime.errors import EdgeError
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -93,7 +95,7 @@ def test_scratch_file_without_tmpfile_support_is_nameless_too(tmp_path: Path, mo
         assert disk.fill(descriptor, 16 << 20) == 16 << 20
         assert list(tmp_path.iterdir()) == []  # a kill -9 here would leave nothing behind
         with disk.reader(descriptor) as (source, _):
-            assert disk.measure_read(source, 16 << 20, 1 << 20, threads=2, seconds=0.02) > 0
+            assert RawReader([(source, 16 << 20)]).rate(1 << 20, 2, seconds=0.02) > 0
 
 
 def test_reads_fall_back_to_the_page_cache_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +111,15 @@ def test_disks_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(disk, "fill", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     row = disk.disk_checks(tmp_path, file_bytes=1 << 20)[1]
     assert (row.status, "No space left" in row.found) == ("WARN", True)
+
+
+def test_a_drive_that_fails_to_read_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> float:
+        raise EdgeError("reading failed: Input/output error")
+
+    monkeypatch.setattr(RawReader, "rate", fail)
+    row = disk.disk_checks(tmp_path, file_bytes=16 << 20)[-1]
+    assert (row.status, "Input/output error" in row.found) == ("FAIL", True)
 
 
 def test_back_ends_run_a_kernel_here() -> None:

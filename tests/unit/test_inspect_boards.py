@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge.boards import BOARDS, Board, board_plan
+from edge.boards import BOARDS, board_plan
 from edge.cli import main
-from edge.inspect import model_figures
 from export.families import parse_config
 from tests.published_configs import DEEPSEEK_V2, DEEPSEEK_V2_LITE, GRANITE_3_1B_A400M
 
@@ -30,8 +29,8 @@ def test_figures_of_the_lite_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["dense_bytes"] == DENSE
     assert found["kv_values_per_layer"] == 512 + 64
     assert found["kv_bytes_per_token"] == 27 * 576 * 2
-    # 6.1 and 13.9 GB usable, less 2.62 dense, 0.13 KV cache, 0.01 router, in steps of 26 blobs of 17.3 MB.
-    assert [plan["slots_per_layer"] for plan in found["boards"]] == [7, 24]
+    # 6.1 and 14.92 GB usable, less 2.62 dense, 0.13 KV cache, 0.01 router, in steps of 26 blobs of 17.3 MB.
+    assert [plan["slots_per_layer"] for plan in found["boards"]] == [7, 27]
 
 
 def test_the_table_names_values_per_layer_and_boards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,5 +48,14 @@ def test_a_model_that_is_too_large_says_so(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_no_more_slots_than_experts() -> None:
-    plan = board_plan(Board("64 GB", 60_000_000_000), model_figures(parse_config(GRANITE_3_1B_A400M)))
+    plan = board_plan("agx-orin", parse_config(GRANITE_3_1B_A400M))
     assert (plan["slots_per_layer"], plan["runs"]) == (32, True)
+
+
+def test_inspect_and_forecast_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V2_LITE))
+    for board in BOARDS:
+        assert main(["forecast", str(tmp_path), "--device", board, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["fit"]
+        plan = board_plan(board, parse_config(DEEPSEEK_V2_LITE))
+        assert (plan["slots_per_layer"], plan["expert_bytes"]) == (found["slots"], found["expert_bytes"])

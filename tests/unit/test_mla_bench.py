@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import mla
-from bench.bandwidth import Bandwidth
+from profiles.bandwidth import Bandwidth
 from runtime.errors import EdgeError
 
 
