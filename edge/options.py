@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, get_args
 from edge.console import parse_size
 from runtime.backends import BackendName
 from runtime.cache import Scope
+from runtime.cache_prior import Scaling
 from runtime.errors import UsageError
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.policies import POLICIES
@@ -49,10 +51,26 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--backend", choices=get_args(BackendName), help=_help(EngineOptions, "backend", "who computes"))
     run.add_argument("--dtype", choices=["auto", *DTYPES], help=_help(EngineOptions, "dtype", "compute precision"))
     run.add_argument("--router", metavar="R", help=_help(EngineOptions, "router", "router file, by name or path"))
+    add_routing_arguments(run)
     run.add_argument("--context", metavar="N", type=int,
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
     run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
     run.add_argument("--record", metavar="FILE.jsonl", type=Path, help="write one JSON line per token")
+
+
+def add_routing_arguments(group: argparse._ArgumentGroup) -> None:
+    """Stock routing, or towards what is in the cache."""
+    group.add_argument(
+        "--routing", choices=["stock", "cache-prior"],
+        help="cache-prior: prefer experts that are in the cache; changes what comes out (default: stock)",
+    )  # fmt: skip
+    add, default = group.add_argument, functools.partial(_help, EngineOptions)
+    add("--prior-strength", metavar="X", type=float,
+        help=default("prior_strength", "cache-prior: the bonus of a cached expert, in spreads of the logits"))  # fmt: skip
+    add("--prior-top-j", metavar="J", type=int,
+        help=default("prior_top_j", "cache-prior: so many of the true best get the bonus, too"))  # fmt: skip
+    add("--prior-scaling", choices=get_args(Scaling),
+        help=default("prior_scaling", "cache-prior: the spread is a running mean, or this token's"))  # fmt: skip
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from runtime.backends.base import Backend
 from runtime.cache import ExpertCache
 from runtime.config import ModelConfig
 from runtime.kv_cache import KVCache
-from runtime.router import Router
+from runtime.router import Routing
 
 BLOCK_TOKENS = 512  # tokens that a dense block takes at once (the prefill profile of a TensorRT engine)
 CHUNK_BYTES = 64 << 20  # experts' outputs of one layer that prefill may hold
@@ -34,11 +34,11 @@ class Decoder:
     """One sequence through a model: tokens in, logits out."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, router: Router, cache: ExpertCache, kv_cache: KVCache
+        self, config: ModelConfig, backend: Backend, router: Routing, cache: ExpertCache, kv_cache: KVCache
     ) -> None:
         self._config = config
         self._backend = backend
-        self._router = router
+        self.router = router
         self.cache = cache
         self._kv_cache = kv_cache
         self._moe_layers = frozenset(config.moe_layers)
@@ -72,6 +72,8 @@ class Decoder:
 
     def rewind(self, length: int = 0) -> None:
         """Keep the first `length` tokens of the sequence and forget the others; the expert cache stays warm."""
+        if length == 0:
+            self.router.begin()
         del self._tokens[length:]
         self._kv_cache.length = length
 
@@ -114,7 +116,7 @@ class Decoder:
         in that order, so the result does not depend on what was in the cache.
         """
         begin = time.monotonic_ns()
-        chosen, weights = self._router.route(layer, h)
+        chosen, weights = self.router.route(layer, h)
         places = _places(chosen)
         self.timing.routing += time.monotonic_ns() - begin
         outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=torch.float32, device=h.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from runtime.arena import Arena
 from runtime.budget import plan_run
 from runtime.bundle import Bundle
 from runtime.cache import ExpertCache
+from runtime.cache_prior import CachePrior, CachePriorRouter
 from runtime.decoder import Decoder, Timing
 from runtime.errors import UsageError
 from runtime.kv_cache import KVCache
@@ -29,7 +30,7 @@ from runtime.loader import Loader
 from runtime.machine import describe
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.records import FinishReason, Meter, Recorder, Summary, TokenRecord
-from runtime.router import Router
+from runtime.router import Router, Routing
 from runtime.sampler import Sampler
 from runtime.storage import ExpertStorage
 from runtime.stream import StreamDecoder
@@ -66,6 +67,9 @@ class Engine:
         config = bundle.config
         self.bundle, self.config, self.options = bundle, config, options
         self.notes: list[str] = []
+        if options.prior is not None:
+            options.prior.check(config.router.top_k)
+            self.notes.append(f"{options.prior}: what comes out depends on what is in the cache")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._threads = torch.get_num_threads()
@@ -150,6 +154,8 @@ class Engine:
             raise UsageError("nothing has been generated yet")
         self._run.summary.add(self._run.records)
         self._run.summary.retries = self._loader.retries
+        router = self.decoder.router
+        self._run.summary.route_agreement = router.agreement if isinstance(router, CachePriorRouter) else None
         return self._run.summary
 
     def report(self) -> dict[str, Any]:
@@ -164,6 +170,20 @@ class Engine:
         """Logits [S, V] fp32 after every token of a fresh sequence (teacher forcing), on the CPU."""
         self.decoder.rewind()
         return self.decoder.forward_all(torch.tensor(self.encode(token_ids))).cpu()
+
+    def use_router(self, name: str, prior: CachePrior | None = None) -> None:
+        """Route with another router of this model from here on; with a prior, towards what is in the cache.
+
+        Raises UsageError when there is none of that name, BundleError when it is not of this model.
+        """
+        self.decoder.router = self._routing(Router.load(self.bundle, name, self._backend.device), prior)
+        self.decoder.rewind()
+        facts = asdict(prior or CachePrior())
+        changes = {f"prior_{field}": value for field, value in facts.items()}
+        self.options = replace(self.options, router=name, routing="cache-prior" if prior else "stock", **changes)
+
+    def _routing(self, router: Router, prior: CachePrior | None) -> Routing:
+        return CachePriorRouter(router, self._cache, prior) if prior is not None else router
 
     def empty_cache(self) -> None:
         """Forget every resident expert: the next run is a cold one."""
@@ -195,7 +215,7 @@ class Engine:
         self._stack.callback(self._loader.close)
         self._cache = ExpertCache(self.config.moe_layers, self._arena, self._loader, options.policy, options.scope)
         kv_cache = KVCache(self.config, self.context, dtype, backend.device)
-        self.decoder = Decoder(self.config, backend, router, self._cache, kv_cache)
+        self.decoder = Decoder(self.config, backend, self._routing(router, options.prior), self._cache, kv_cache)
         self._recorder = Recorder(options.record)
         self._stack.callback(self._recorder.close)
 
@@ -272,6 +292,7 @@ class Engine:
             "arithmetic": self._backend.arithmetic,
             "dtype": self.dtype_name,
             "router": self.options.router,
+            "routing": str(self.options.prior or "stock"),
             "policy": self.options.policy,
             "scope": self.options.scope,
             "slots_per_layer": self.slots.per_layer,

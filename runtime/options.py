@@ -10,6 +10,7 @@ import torch
 
 from runtime.backends import BackendName
 from runtime.cache import Scope
+from runtime.cache_prior import CachePrior, Scaling
 from runtime.errors import UsageError
 from runtime.policies import POLICIES
 from runtime.sampler import SamplingOptions
@@ -31,6 +32,10 @@ class EngineOptions:
     scope: Scope = "layer"
     policy: str = "lru"
     router: str = "base"
+    routing: Literal["stock", "cache-prior"] = "stock"
+    prior_strength: float = CachePrior.strength
+    prior_top_j: int = CachePrior.top_j
+    prior_scaling: Scaling = CachePrior.scaling
     context: int | None = None  # tokens of the KV cache; default: the model's, at most DEFAULT_CONTEXT
     direct_io: bool = True
     read_threads: int = 8
@@ -39,7 +44,12 @@ class EngineOptions:
 
     def check(self) -> None:
         """Raises UsageError for values that cannot be."""
-        known = {"dtype": ["auto", *DTYPES], "scope": ["layer", "shared"], "policy": list(POLICIES)}
+        known = {
+            "dtype": ["auto", *DTYPES],
+            "scope": ["layer", "shared"],
+            "policy": list(POLICIES),
+            "routing": ["stock", "cache-prior"],
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r} (known: {', '.join(values)})")
@@ -49,6 +59,20 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.removesuffix('_bytes').replace('_', '-')} {value}: expected at least 1")
+        _ = self.prior
+
+    @property
+    def prior(self) -> CachePrior | None:
+        """How cached experts are preferred; None with stock routing, where the prior options may not be changed.
+
+        Raises UsageError when they are.
+        """
+        prior = CachePrior(self.prior_strength, self.prior_top_j, self.prior_scaling)
+        if self.routing == "cache-prior":
+            return prior
+        if prior != CachePrior():
+            raise UsageError("--prior-strength, --prior-top-j and --prior-scaling need --routing cache-prior")
+        return None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ class LRU:
         return next((key for key in self._order if key not in keep), None)
 
 
+class FIFO(LRU):
+    """First in, first out: a use changes nothing."""
+
+    def touch(self, key: Hashable) -> None:
+        pass
+
+
 class _Counting:
     """Keeps, for every resident, how often and when it was used; a subclass turns that into a score."""
 
@@ -93,7 +100,7 @@ class LFRU(_Counting):
         return self._uses[key] / (self._now - self._last[key] + 1), self._last[key]
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU}
+POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU, "fifo": FIFO}
 
 
 def make_policy(name: str) -> Policy:

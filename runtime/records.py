@@ -105,6 +105,7 @@ class Summary:
     tokens_per_s: float | None = None
     hit_rate: float | None = None
     expert_bytes_per_token: float | None = None
+    route_agreement: float | None = None  # with cache-prior routing: share of experts that stock routing chooses, too
     read_bytes_per_s: float | None = None
     prefill_bytes: int = 0
     peak_rss_bytes: int = 0

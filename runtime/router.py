@@ -9,7 +9,9 @@ weights = scores of those experts (/ their sum) * scale
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -20,14 +22,33 @@ from runtime.errors import BundleError, UsageError
 from runtime.layout import BASE_ROUTER, router_tensors
 from runtime.router_file import check_base, gates_sha256, load_router
 
+# Sees layer, h [S, H], logits [S, E], experts and weights [S, K] of every call, before anything is computed with them.
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Routing(Protocol):
+    """What the decoder asks a router."""
+
+    observer: Observer | None
+
+    def begin(self) -> None:
+        """A new sequence starts."""
+        ...
+
+    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""
+        ...
+
 
 class Router:
     """Gate weights of every MoE layer: layer_NN.weight [E, H] fp32 and, where the family has it, choice_bias [E]."""
 
     def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-        self._config: RouterConfig = config.router
+        self.config: RouterConfig = config.router
+        self.observer: Observer | None = None
+        self.layers = config.moe_layers
         self._weights = {n: tensors[f"layer_{n:02d}.weight"].to(device) for n in config.moe_layers}
-        self._biases = {
+        self.biases = {
             n: tensors[f"layer_{n:02d}.choice_bias"].to(device) for n in config.moe_layers if config.router.choice_bias
         }
 
@@ -53,29 +74,48 @@ class Router:
             check_base(provenance, gates_sha256(base), path, model)
         return cls(bundle.config, tensors, device)
 
+    def begin(self) -> None:
+        """A new sequence starts: nothing to forget."""
+
     def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""
-        config = self._config
-        logits = torch.nn.functional.linear(h.float(), self._weights[layer])
-        scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
-        choice = scores + self._biases[layer] if config.choice_bias else scores
-        if config.num_groups > 1:
-            choice = self._limit_groups(choice)
-        experts = choice.topk(config.top_k).indices
-        weights = scores.gather(-1, experts)
-        if config.normalise:
-            # Sigmoid scores of experts that a bias has chosen may all be 0; other sums are not changed by so little.
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * config.scale if config.scale != 1.0 else weights
+        logits = self.logits(layer, h)
+        experts, scores = choose(self.config, logits, self.biases.get(layer))
+        weights = weigh(self.config, scores, experts)
+        if self.observer is not None:
+            self.observer(layer, h, logits, experts, weights)
+        return experts, weights
 
-    def _limit_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Leave out the experts of all but the best groups (DeepSeek's node-limited routing)."""
-        config = self._config
-        grouped = choice.unflatten(-1, (config.num_groups, -1))
-        if config.group_score == "max":
-            group_scores = grouped.amax(-1)
-        else:
-            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
-        best = group_scores.topk(config.top_groups, dim=-1).indices
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
-        return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+    def logits(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """h [S, H] to gate logits [S, E] fp32."""
+        return torch.nn.functional.linear(h.float(), self._weights[layer])
+
+
+def choose(config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [S, E] and the layer's choice bias [E] to the experts that are chosen [S, K], and all scores [S, E]."""
+    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if config.num_groups > 1:
+        choice = _limit_groups(config, choice)
+    return choice.topk(config.top_k).indices, scores
+
+
+def weigh(config: RouterConfig, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """Weights [S, K] of the experts [S, K]."""
+    weights = scores.gather(-1, experts)
+    if config.normalise:
+        # Sigmoid scores of experts that a bias has chosen may all be 0; other sums are not changed by so little.
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.scale if config.scale != 1.0 else weights
+
+
+def _limit_groups(config: RouterConfig, choice: torch.Tensor) -> torch.Tensor:
+    """Leave out the experts of all but the best groups (DeepSeek's node-limited routing)."""
+    grouped = choice.unflatten(-1, (config.num_groups, -1))
+    if config.group_score == "max":
+        group_scores = grouped.amax(-1)
+    else:
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    best = group_scores.topk(config.top_groups, dim=-1).indices
+    allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
+    return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)

@@ -54,5 +54,5 @@ def test_lfru_lets_old_frequency_fade() -> None:
 
 
 def test_unknown_policy_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="unknown policy 'belady' \\(known: lru, lfu, lfru\\)"):
+    with pytest.raises(UsageError, match="unknown policy 'belady' \\(known: lru, lfu, lfru, fifo\\)"):
         make_policy("belady")

@@ -1,0 +1,134 @@
+"""Cache-prior routing: experts that are in the cache are preferred, without any training (arXiv 2412.00099).
+
+    z' = z + strength * D * mask         z: gate logits of one token; mask: in the cache, or among the true top J
+    experts = the router's choice from z'
+    weights = those that z gives these experts, by the model's own rule
+
+D is the spread of logits that makes `strength` mean the same in every layer: with scaling "mean" the running mean of
+max z - min z over the tokens of this sequence, in this layer; with "token" z_(1) - z_(K) of this token alone. A strength
+of 0 is stock routing, bit for bit. A prompt is routed by the stock rule, for all its experts are read once anyway.
+
+What comes out now depends on what is in the cache, so on slots, policy and what ran before; it is the same whenever
+these are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from runtime.config import RouterConfig
+from runtime.errors import UsageError
+from runtime.router import Observer, Router, choose, weigh
+
+Scaling = Literal["mean", "token"]
+
+
+@dataclass(frozen=True)
+class CachePrior:
+    """How strongly cached experts are preferred. `top_j` of the true choice are never put behind them."""
+
+    strength: float = 0.1
+    top_j: int = 1
+    scaling: Scaling = "mean"
+
+    def check(self, top_k: int) -> None:
+        """Raises UsageError for values that cannot be."""
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            raise UsageError(f"--prior-strength {self.strength}: expected a number from 0 (stock routing) up")
+        if not 0 <= self.top_j <= top_k:
+            raise UsageError(f"--prior-top-j {self.top_j}: expected 0 to {top_k}, the experts of a token")
+        if self.scaling not in ("mean", "token"):
+            raise UsageError(f"unknown prior scaling {self.scaling!r} (known: mean, token)")
+
+    def __str__(self) -> str:
+        return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
+
+
+class Spread:
+    """Running mean of max z - min z over the tokens of a sequence; `layers` of them side by side."""
+
+    def __init__(self, layers: int) -> None:
+        self._sums, self._counts = [0.0] * layers, [0] * layers
+
+    def update(self, layer: int, logits: torch.Tensor) -> float:
+        """Take logits [S, E] into the mean and return it."""
+        self._sums[layer] += float((logits.amax(-1) - logits.amin(-1)).sum())
+        self._counts[layer] += len(logits)
+        return self._sums[layer] / self._counts[layer]
+
+
+def prefer_cached(
+    options: CachePrior, config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None, cached: list[int],
+    spread: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One token: logits [1, E], the layer's choice bias [E], the experts in its cache, the mean spread.
+
+    Returns the experts [1, K], the stock choice [1, K] and all true scores [1, E].
+    """
+    stock, scores = choose(config, logits, bias)
+    if options.scaling == "token":
+        best = logits.topk(config.top_k).values[0]
+        spread = float(best[0] - best[-1])
+    mask = torch.zeros_like(logits)
+    mask[0, cached] = 1.0
+    mask[0, stock[0, : options.top_j]] = 1.0
+    experts, _ = choose(config, logits + options.strength * spread * mask, bias)
+    return experts, stock, scores
+
+
+class Residents(Protocol):
+    """What cache-prior routing asks the cache."""
+
+    def residents(self, layer: int) -> set[int]: ...
+
+
+class CachePriorRouter:
+    """A router whose choice for single tokens leans towards what is in the cache. `agreement` tells how much."""
+
+    def __init__(self, router: Router, cache: Residents, options: CachePrior) -> None:
+        """Raises UsageError for options that cannot be."""
+        options.check(router.config.top_k)
+        self.config, self.biases, self.options = router.config, router.biases, options
+        self._router, self._cache = router, cache
+        self._layers = {layer: i for i, layer in enumerate(router.layers)}
+        self.begin()
+
+    @property
+    def observer(self) -> Observer | None:
+        """As of the router inside."""
+        return self._router.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._router.observer = observer
+
+    def begin(self) -> None:
+        """A new sequence starts: forget the mean spread and the agreement of the last one."""
+        self._spread = Spread(len(self._layers))
+        self._same = self._asked = 0
+
+    @property
+    def agreement(self) -> float | None:
+        """Of the experts chosen for single tokens of this sequence, the share that stock routing chooses, too."""
+        return self._same / self._asked if self._asked else None
+
+    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Router.route; only a single row may be routed away from the stock choice."""
+        logits = self._router.logits(layer, h)
+        spread = self._spread.update(self._layers[layer], logits)
+        bias = self.biases.get(layer)
+        if len(h) > 1:
+            experts, scores = choose(self.config, logits, bias)
+        else:
+            cached = sorted(self._cache.residents(layer))
+            experts, stock, scores = prefer_cached(self.options, self.config, logits, bias, cached, spread)
+            self._same += len(set(experts[0].tolist()) & set(stock[0].tolist()))
+            self._asked += experts.shape[1]
+        weights = weigh(self.config, scores, experts)
+        if self.observer is not None:
+            self.observer(layer, h, logits, experts, weights)
+        return experts, weights
