@@ -2,8 +2,7 @@
 
     python -m bench.synthetic out/synthetic --layers 4      1.2 GB per layer, bf16, one shard per layer
 
-Every tensor is another window of one random buffer with a standard deviation of 0.02: quick to make, no two alike.
-The embedding is 64 times that, so that a token matters more to the routers than what attention adds to all alike.
+profiles/random_model.py says what is in it; here it is written tensor by tensor, for it can be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,54 +14,20 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from bench.common import GB, MB, conclude, run_main, say
 from demo.stream import SafetensorsStream
+from profiles.random_model import (
+    Shapes,
+    SyntheticOptions,
+    Windows,
+    config_json,
+    layer_shapes,
+    outer_shapes,
+    tensor_values,
+)
 from runtime.errors import EdgeError, UsageError
-
-_BUFFER_VALUES = (1 << 24) + 1_000_003  # more than the largest tensor of a layer
-_STEP = 7_368_787  # a prime: windows begin at ever new places
-_STD = 0.02
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class SyntheticOptions:
-    """The real model has 24 layers and 151,936 tokens; the rest is its shape."""
-
-    layers: int = 4
-    vocab_size: int = 32_000
-    hidden_size: int = 2048
-    num_experts: int = 60
-    top_k: int = 4
-    expert_size: int = 1408
-    shared_size: int = 5632
-    num_heads: int = 16
-    seed: int = 0
-
-
-class Windows:
-    """bf16 values (as uint16) of tensors, cut from one buffer of normal values."""
-
-    def __init__(self, seed: int, values: int = _BUFFER_VALUES) -> None:
-        normal = np.random.default_rng(seed).standard_normal(values, dtype=np.float32) * _STD
-        self._values = (normal.view(np.uint32) >> 16).astype(np.uint16)
-        self._start = 0
-
-    def take(self, count: int) -> npt.NDArray[np.uint16]:
-        """The next window of `count` values, wrapped around as often as it takes."""
-        total = len(self._values)
-        self._start = (self._start + _STEP) % total
-        if self._start + count <= total:
-            return self._values[self._start : self._start + count]
-        return np.resize(np.roll(self._values, -self._start), count)
 
 
 def write_synthetic(folder: Path, options: SyntheticOptions) -> int:
@@ -92,72 +57,13 @@ def write_synthetic(folder: Path, options: SyntheticOptions) -> int:
     return total
 
 
-def layer_shapes(o: SyntheticOptions, layer: int) -> Shapes:
-    """Tensors of one layer under their Hugging Face names."""
-    prefix, hidden = f"model.layers.{layer}.", o.hidden_size
-    shapes: Shapes = {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        shapes[f"{prefix}self_attn.{part}.weight"] = (hidden, hidden)
-        if part != "o_proj":
-            shapes[f"{prefix}self_attn.{part}.bias"] = (hidden,)
-    shapes[f"{prefix}mlp.gate.weight"] = (o.num_experts, hidden)
-    shapes[f"{prefix}mlp.shared_expert_gate.weight"] = (1, hidden)
-    for name, inner in [("shared_expert", o.shared_size)] + [
-        (f"experts.{e}", o.expert_size) for e in range(o.num_experts)
-    ]:
-        for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-            shapes[f"{prefix}mlp.{name}.{part}_proj.weight"] = shape
-    return shapes
-
-
-def outer_shapes(o: SyntheticOptions) -> Shapes:
-    """Embedding, last norm, head."""
-    table = (o.vocab_size, o.hidden_size)
-    return {"model.embed_tokens.weight": table, "model.norm.weight": (o.hidden_size,), "lm_head.weight": table}
-
-
-def config_json(o: SyntheticOptions) -> dict[str, Any]:
-    """config.json of the checkpoint."""
-    return {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
-        "decoder_sparse_step": 1,
-        "hidden_act": "silu",
-        "hidden_size": o.hidden_size,
-        "intermediate_size": o.shared_size,
-        "max_position_embeddings": 8192,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": o.expert_size,
-        "norm_topk_prob": False,
-        "num_attention_heads": o.num_heads,
-        "num_experts": o.num_experts,
-        "num_experts_per_tok": o.top_k,
-        "num_hidden_layers": o.layers,
-        "num_key_value_heads": o.num_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "shared_expert_intermediate_size": o.shared_size,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": o.vocab_size,
-    }
-
-
 def _write_shard(path: Path, shapes: Shapes, windows: Windows) -> None:
     try:
         with SafetensorsStream(path, shapes, "BF16", hashed=False) as stream:
             for name, shape in shapes.items():
-                stream.write(name, _values(name, shape, windows))
+                stream.write(name, tensor_values(name, shape, windows))
     except OSError as error:
         raise EdgeError(f"{path}: {error.strerror}") from None
-
-
-def _values(name: str, shape: tuple[int, ...], windows: Windows) -> npt.NDArray[np.uint16]:
-    if name.endswith("norm.weight"):
-        return np.full(shape, 0x3F80, np.uint16)  # 1.0 in bf16
-    values = windows.take(math.prod(shape))
-    return values + np.uint16(6 << 7) if name == "model.embed_tokens.weight" else values  # exponent + 6: times 64
 
 
 def _write_json(path: Path, value: object) -> None:

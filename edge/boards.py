@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from profiles.device import load_device
-from profiles.forecast import PLAN_CONTEXT, fit, model_sizes
+from profiles.forecast import PLAN_CONTEXT, fit
+from profiles.sizes import model_sizes
 from runtime.config import ModelConfig
 
 BOARDS = ("orin-nx-8gb", "orin-nx-16gb")

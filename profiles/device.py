@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Mark = Literal["doc", "field", "ran", "assumed"]  # vendor's word, somebody's measurement, ours, nobody's
+Mark = Literal["doc", "field", "measured", "assumed"]  # the vendor's word, somebody's measurement, yours, nobody's
 _MAX_FILE_BYTES = 1 << 18
 
 
@@ -44,6 +44,28 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class ReadRate:
+    """How fast the drive reads blocks of one size with `depth` of them asked for at once, in random order."""
+
+    block_bytes: int
+    depth: int
+    bytes_per_s: Figure
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What work costs on top of moving its bytes, seconds, and how well an engine uses the device."""
+
+    token_s: Figure  # once per token: embedding, sampling, its record
+    block_s: Figure  # per dense block
+    routing_s: Figure  # per layer with experts: gates, top-k, asking the cache, putting outputs together
+    expert_s: Figure  # per expert computed
+    miss_s: Figure  # per layer that misses: handing reads to threads and their data back, beside the drive's own time
+    read_share: Figure  # of the drive's raw rate, what reads through the engine reach
+    overlap_loss: Figure  # of the shorter one of reading and computing, what is not hidden behind the longer
+
+
+@dataclass(frozen=True)
 class Mode:
     """A power mode by the name that nvpmodel gives it; None is not known."""
 
@@ -57,23 +79,30 @@ class Mode:
 
 @dataclass(frozen=True)
 class Device:
-    """A board. `system_bytes` is what a headless system keeps of `ram_bytes`, which is what Linux sees."""
+    """A board, or the host that `edge calibrate` has measured: then it has `reads` and `overheads`.
+
+    `system_bytes` is what a headless system keeps of `ram_bytes`, which is what Linux sees.
+    """
 
     name: str
     title: str
-    compute_capability: str | None
-    default_mode: str
     ram_bytes: Figure
     system_bytes: Figure
-    cuda_context_bytes: Figure
-    memory_nominal_bytes_per_s: Figure
     memory_read_bytes_per_s: Figure
     storage: Storage
-    modes: tuple[Mode, ...]
+    compute_capability: str | None = None
+    default_mode: str | None = None
+    cuda_context_bytes: Figure | None = None
+    memory_nominal_bytes_per_s: Figure | None = None
+    reads: tuple[ReadRate, ...] = ()
+    overheads: Overheads | None = None
+    modes: tuple[Mode, ...] = ()
 
     def mode(self, name: str | None = None) -> Mode:
         """A mode by name, or the default one. Raises UsageError with the known names."""
         wanted = name or self.default_mode
+        if not self.modes:
+            raise UsageError(f"{self.name} has no power modes")
         for mode in self.modes:
             if mode.name == wanted:
                 return mode
@@ -116,7 +145,11 @@ def parse_device(text: str, where: str) -> Device:
     names = [mode.name for mode in device.modes]
     if len(set(names)) != len(names):
         raise UsageError(f"{where}: two power modes have the same name")
-    device.mode()
+    if device.modes or device.default_mode:
+        device.mode()
+    settings = [(rate.block_bytes, rate.depth) for rate in device.reads]
+    if len(set(settings)) != len(settings) or any(min(setting) < 1 for setting in settings):
+        raise UsageError(f"{where}: reads must name each block_bytes and depth once, both at least 1")
     rates = [device.storage.low.value, device.storage.typical.value, device.storage.high.value]
     if rates != sorted(rates):
         raise UsageError(f"{where}: storage must rise from low over typical to high, found {rates}")
@@ -126,12 +159,12 @@ def parse_device(text: str, where: str) -> Device:
 def _check_figures(value: Any, where: str) -> None:
     """Every figure below `value` is a number that can be, and has a source."""
     if isinstance(value, Figure):
-        smallest = 0 if where.endswith(".id") else math.ulp(0.0)
+        smallest = 0 if where.endswith(".id") or ".overheads." in where else math.ulp(0.0)
         if not smallest <= value.value < 1e15:
             raise UsageError(f"{where}.value: {value.value} cannot be")
         if not value.source.strip():
             raise UsageError(f"{where}.source is empty: a number without a source is not wanted")
-    elif isinstance(value, (Device, Storage, Mode)):
+    elif isinstance(value, (Device, Storage, Mode, ReadRate, Overheads)):
         for field in fields(value):
             _check_figures(getattr(value, field.name), f"{where}.{field.name}")
     elif isinstance(value, tuple):

@@ -1,23 +1,26 @@
 """What to expect of a model on a board before anything is downloaded: does it fit, how often experts are read, how long
-a token takes at least, what limits it, what would help.
+a token takes, what limits it, what would help.
 
-The times are floors for the hit rate that is told with them: no schedule of these parts is faster, and an engine is
-slower. None has been checked on a board.
+The time is that of profiles/costs.py: a floor, no schedule of these parts is faster, unless the device profile holds the
+overheads that `edge calibrate` measures. Without a trace the hit rate is an estimate:
 
-    hit rate       = r + (1 - r) (S - K) / (E - K)       S slots and E experts per layer, K per token
-    time of a layer = dense + max(misses x blob / drive, shared + resident experts) + last missed expert
+    hit rate = r + (1 - r) (S - K) / (E - K)       S slots and E experts per layer, K per token
 
 r is the overlap: the share of a token's experts that the token before had, too. LRU with S >= K keeps those; what else
-is in the slots is taken for a uniform draw from the other experts.
+is in the slots is taken for a uniform draw from the other experts. With a trace the cache is simulated instead.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+
+from profiles.costs import Drive, device_costs, layer_times
 from profiles.device import Device, Figure
-from runtime import layout
+from profiles.sizes import Sizes, model_sizes
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
 from runtime.memory import OVERHEAD_BYTES
@@ -27,23 +30,9 @@ PLAN_CONTEXT = 4096
 # .1695 of 4/60, DeepSeek-V2-Lite .273 of 6/64. Tuning raised them by 27.2 % and 26.4 %.
 CHANCE, USUAL, HIGH = 1.0, 0.1695 / (4 / 60), 0.273 / (6 / 64)
 TUNED_GAIN = 0.264
-_VALUE_BYTES = 2  # fp16
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model: what stays in memory, and what one token's arithmetic reads per layer with experts."""
-
-    resident_bytes: int  # dense weights and routers
-    kv_bytes: int
-    head_bytes: int
-    dense_layer_bytes: float  # dense weights without the shared experts, all layers spread over those with experts
-    shared_bytes: float
-    expert_bytes: int
-    blob_bytes: int
-    layers: int
-    experts: int
-    top_k: int
+_DRIVES: tuple[Drive, ...] = ("typical", "high", "low")
+Array = np.ndarray[Any, np.dtype[Any]]
+Misses = Callable[[int], Array]  # slots per layer to misses [N, L] of a trace's decode steps
 
 
 @dataclass(frozen=True)
@@ -58,9 +47,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Point:
-    """One forecast: rates in bytes/s, `tpot_ms` a floor, `drive_ms` the part of it that waits for the drive."""
+    """One forecast: rates in bytes/s, `drive_ms` the part of `tpot_ms` that waits for the drive."""
 
-    overlap: float
+    overlap: float | None  # None with a trace
     drive_bytes_per_s: float
     hit_rate: float
     misses_per_token: float
@@ -85,33 +74,10 @@ class Forecast:
     helps: tuple[tuple[str, Point], ...] = ()
 
 
-def model_sizes(config: ModelConfig, context: int) -> Sizes:
-    """From the config alone; fp16 as in a bundle. Raises UsageError for a context that the model does not have."""
-    if not 1 <= context <= config.max_context:
-        raise UsageError(f"--context {context}: this model allows {config.max_context} tokens")
-    layers, moe = range(config.num_layers), len(config.moe_layers)
-    dense = sum(_bytes(layout.layer_tensors(config, layer)) for layer in layers)
-    shared = 3 * config.hidden_size * config.shared_intermediate_size * _VALUE_BYTES
-    head, embed = _bytes(layout.head_tensors(config)), _bytes(layout.embed_tensors(config))
-    routers = 4 * sum(math.prod(shape) for shape in layout.router_tensors(config).values())
-    row = sum(math.prod(row) for row in config.attention.cache_rows)
-    return Sizes(
-        resident_bytes=dense + head + embed + routers,
-        kv_bytes=context * _VALUE_BYTES * config.num_layers * row,
-        head_bytes=head,
-        dense_layer_bytes=(dense + routers) / moe - shared,
-        shared_bytes=shared,
-        expert_bytes=layout.expert_bytes(config),
-        blob_bytes=layout.padded(layout.expert_bytes(config)),
-        layers=moe,
-        experts=config.router.num_experts,
-        top_k=config.router.top_k,
-    )
-
-
 def fit(sizes: Sizes, device: Device) -> Fit:
     """Slots beside everything else."""
-    usable = int(device.ram_bytes.value - device.system_bytes.value - device.cuda_context_bytes.value) - OVERHEAD_BYTES
+    context = device.cuda_context_bytes.value if device.cuda_context_bytes else 0.0
+    usable = int(device.ram_bytes.value - device.system_bytes.value - context) - OVERHEAD_BYTES
     left = max(0, usable - sizes.resident_bytes - sizes.kv_bytes)
     slots = min(sizes.experts, left // (sizes.layers * sizes.blob_bytes))
     return Fit(usable, left, slots, slots >= sizes.top_k)
@@ -124,76 +90,112 @@ def hit_rate(sizes: Sizes, slots: int, overlap: float) -> float:
     return overlap + (1 - overlap) * (slots - sizes.top_k) / (sizes.experts - sizes.top_k)
 
 
-def point(sizes: Sizes, slots: int, overlap: float, drive_bytes_per_s: float, memory_bytes_per_s: float) -> Point:
-    """The floor of a mean token."""
-    hits = hit_rate(sizes, slots, overlap) * sizes.top_k
-    misses = sizes.top_k - hits
-    expert_s = sizes.expert_bytes / memory_bytes_per_s
-    reading = misses * sizes.blob_bytes / drive_bytes_per_s
-    computing = sizes.shared_bytes / memory_bytes_per_s + hits * expert_s
-    layer = sizes.dense_layer_bytes / memory_bytes_per_s + max(reading, computing) + min(1.0, misses) * expert_s
-    total = sizes.head_bytes / memory_bytes_per_s + sizes.layers * layer
+def point(sizes: Sizes, device: Device, misses: Array, drive: Drive = "typical", overlap: float | None = None) -> Point:
+    """A mean token whose layers miss so many experts: `misses` [..., layers or 1], fractions allowed.
+
+    `overlap` is only passed on: what the misses were estimated from.
+    """
+    costs = device_costs(sizes, device, drive)
+    times = layer_times(costs, sizes.top_k, np.asarray(misses, dtype=np.float64))
+    per_token = float(sizes.layers * np.mean(misses))
     return Point(
         overlap=overlap,
-        drive_bytes_per_s=drive_bytes_per_s,
-        hit_rate=hits / sizes.top_k,
-        misses_per_token=sizes.layers * misses,
-        read_bytes_per_token=sizes.layers * misses * sizes.blob_bytes,
-        tpot_ms=1000 * total,
-        drive_ms=1000 * sizes.layers * max(0.0, reading - computing),
+        drive_bytes_per_s=getattr(device.storage, drive).value,
+        hit_rate=1 - per_token / (sizes.layers * sizes.top_k),
+        misses_per_token=per_token,
+        read_bytes_per_token=per_token * sizes.blob_bytes,
+        tpot_ms=1000 * (costs.token_s + sizes.layers * float(times.total_s.mean())),
+        drive_ms=1000 * sizes.layers * float(times.waiting_s.mean()),
     )
 
 
-def forecast(config: ModelConfig, device: Device, context: int | None = None, overlap: float | None = None) -> Forecast:
-    """`overlap` is a measured one; without it, from chance to what the published models have."""
+def estimate(sizes: Sizes, device: Device, slots: int, overlap: float, drive: Drive = "typical") -> Point:
+    """Without a trace: the hit rate from the overlap alone."""
+    misses = sizes.top_k * (1 - hit_rate(sizes, slots, overlap))
+    return point(sizes, device, np.array([misses]), drive, overlap)
+
+
+def forecast(
+    config: ModelConfig,
+    device: Device,
+    context: int | None = None,
+    overlap: float | None = None,
+    slots: int | None = None,
+    trace_misses: Misses | None = None,
+) -> Forecast:
+    """`overlap` is a measured one; without it, from chance to what the published models have. `trace_misses` simulates
+    a cache over a trace of this model instead. `slots` per layer are those that fit, unless they are given.
+
+    Raises UsageError for values that cannot be.
+    """
     sizes = model_sizes(config, min(PLAN_CONTEXT, config.max_context) if context is None else context)
-    found = fit(sizes, device)
+    found = _fit(sizes, device, slots)
     if not found.runs:
         return Forecast(found, None, None, None)
     if overlap is not None and not 0 <= overlap <= 1:
         raise UsageError(f"--overlap {overlap}: a share of experts lies between 0 and 1")
-    chance = sizes.top_k / sizes.experts
-    low, usual, high = (min(1.0, overlap if overlap is not None else f * chance) for f in (CHANCE, USUAL, HIGH))
-    memory, drive = device.memory_read_bytes_per_s.value, device.storage
-    middle = point(sizes, found.slots, usual, drive.typical.value, memory)
-    return Forecast(
-        fit=found,
-        usual=middle,
-        best=point(sizes, found.slots, high, drive.high.value, memory),
-        worst=point(sizes, found.slots, low, drive.low.value, memory),
-        helps=_helps(sizes, found.slots, middle, device),
-    )
+    if trace_misses is not None:
+        misses = trace_misses(found.slots)
+        usual, best, worst = (point(sizes, device, misses, drive) for drive in _DRIVES)
+    else:
+        chance = sizes.top_k / sizes.experts
+        overlaps = [min(1.0, overlap if overlap is not None else f * chance) for f in (USUAL, HIGH, CHANCE)]
+        usual, best, worst = (
+            estimate(sizes, device, found.slots, o, d) for o, d in zip(overlaps, _DRIVES, strict=True)
+        )
+    return Forecast(found, usual, best, worst, _helps(sizes, found.slots, usual, device, trace_misses))
 
 
 def assumptions(device: Device) -> list[tuple[str, Figure]]:
     """The figures of the board that a forecast stands on."""
+    context = [("CUDA context", device.cuda_context_bytes)] if device.cuda_context_bytes else []
     return [
         ("RAM", device.ram_bytes),
         ("system", device.system_bytes),
-        ("CUDA context", device.cuda_context_bytes),
+        *context,
         ("memory, reading", device.memory_read_bytes_per_s),
         ("drive, low", device.storage.low),
         ("drive, usual", device.storage.typical),
         ("drive, high", device.storage.high),
+        *([(name, figure) for name, figure in vars(device.overheads).items()] if device.overheads else []),
     ]
 
 
-def _helps(sizes: Sizes, slots: int, middle: Point, device: Device) -> tuple[tuple[str, Point], ...]:
+def _fit(sizes: Sizes, device: Device, slots: int | None) -> Fit:
+    """What fits, or the slots that were asked for if they do."""
+    found = fit(sizes, device)
+    if slots is None:
+        return found
+    if slots < sizes.top_k or (found.runs and slots > found.slots):
+        raise UsageError(
+            f"--slots-per-layer {slots}: a token needs {sizes.top_k}, and {found.slots} fit beside the rest on {device.name}"
+        )
+    return replace(found, slots=min(slots, found.slots))
+
+
+def _helps(
+    sizes: Sizes, slots: int, usual: Point, device: Device, trace_misses: Misses | None
+) -> tuple[tuple[str, Point], ...]:
     """What would shorten a token, the most helpful first."""
-    memory, drive = device.memory_read_bytes_per_s.value, middle.drive_bytes_per_s
-    tuned = min(1.0, middle.overlap * (1 + TUNED_GAIN))
     half = replace(sizes, blob_bytes=sizes.blob_bytes // 2, expert_bytes=sizes.expert_bytes // 2)
     more = min(sizes.experts, 2 * slots)
-    fast = device.storage.high.value
-    options = [
-        (f"a drive of {fast / 1e9:.1f} GB/s", sizes, slots, middle.overlap, fast),
-        (f"a tuned router: overlap {tuned:.3f} instead of {middle.overlap:.3f}", sizes, slots, tuned, drive),
-        (f"experts of half the bytes, {more} slots per layer (no such bundle yet)", half, more, middle.overlap, drive),
-    ]  # fmt: skip
-    found = [(name, point(s, n, overlap, rate, memory)) for name, s, n, overlap, rate in options]
-    better = [(name, result) for name, result in found if result.tpot_ms < middle.tpot_ms]
+    fast = f"a drive of {device.storage.high.value / 1e9:.1f} GB/s"
+    small = f"experts of half the bytes, {more} slots per layer (no such bundle yet)"
+    if trace_misses is not None:
+        options = [
+            (fast, point(sizes, device, trace_misses(slots), "high")),
+            (small, point(half, device, trace_misses(more))),
+        ]
+    else:
+        assert usual.overlap is not None
+        tuned = min(1.0, usual.overlap * (1 + TUNED_GAIN))
+        options = [
+            (fast, estimate(sizes, device, slots, usual.overlap, "high")),
+            (
+                f"a tuned router: overlap {tuned:.3f} instead of {usual.overlap:.3f}",
+                estimate(sizes, device, slots, tuned),
+            ),
+            (small, estimate(half, device, more, usual.overlap)),
+        ]
+    better = [(name, result) for name, result in options if result.tpot_ms < usual.tpot_ms]
     return tuple(sorted(better, key=lambda item: item[1].tpot_ms))
-
-
-def _bytes(tensors: dict[str, tuple[int, ...]]) -> int:
-    return _VALUE_BYTES * sum(math.prod(shape) for shape in tensors.values())

@@ -15,8 +15,9 @@ import pytest
 from bench.decode import DecodeOptions, decode, measure_setting, prefill_reads
 from bench.export import largest_tensor_bytes
 from bench.floor import Parts
-from bench.synthetic import SyntheticOptions, Windows, layer_shapes, write_synthetic
+from bench.synthetic import write_synthetic
 from export.exporter import export_bundle
+from profiles.random_model import SyntheticOptions, Windows, layer_shapes
 from runtime.bundle import Bundle
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import EdgeError, UsageError

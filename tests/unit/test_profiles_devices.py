@@ -18,6 +18,7 @@ def test_the_profiles_that_ship() -> None:
     for name in device_names():
         device = load_device(name)
         assert device.name == name
+        assert device.memory_nominal_bytes_per_s
         assert device.memory_read_bytes_per_s.value < device.memory_nominal_bytes_per_s.value
         assert device.mode().name == device.default_mode
     board = load_device("orin-nx-16gb")
@@ -30,9 +31,9 @@ def test_the_profiles_that_ship() -> None:
 
 
 def test_no_profile_claims_a_measurement_of_ours() -> None:
-    """Until somebody has run on a board, no figure may bear the mark "ran"."""
+    """Until somebody has run on a board, no figure may bear the mark "measured"."""
     for path in (ROOT / "profiles/devices").glob("*.toml"):
-        assert 'mark = "ran"' not in path.read_text()
+        assert 'mark = "measured"' not in path.read_text()
         assert "ot yet run on a board" in path.read_text()
 
 
@@ -46,7 +47,7 @@ def test_no_profile_claims_a_measurement_of_ours() -> None:
         ("value = 60.0e9\n", "value = nan\n", "memory_read_bytes_per_s.value: nan is not a finite number"),
         ("value = 60.0e9\n", "value = -1\n", "x.toml.memory_read_bytes_per_s.value: -1.0 cannot be"),
         ("value = 60.0e9\n", "value = 0\n", "memory_read_bytes_per_s.value: 0.0 cannot be"),
-        ('mark = "doc"', 'mark = "sure"', "mark: 'sure' is not one of 'doc', 'field', 'ran', 'assumed'"),
+        ('mark = "doc"', 'mark = "sure"', "mark: 'sure' is not one of 'doc', 'field', 'measured', 'assumed'"),
         ('source = "a slow NVMe drive"', 'source = " "', "x.toml.storage.low.source is empty"),
         ("low = { value = 2.0e9", "low = { value = 9.0e9", "must rise from low over typical to high"),
         ('default_mode = "40W"', 'default_mode = "60W"', "no power mode '60W' (known: MAXN_SUPER, 40W, 25W, 15W, 10W)"),

@@ -6,13 +6,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge.cli import main
 from edge.inspect import model_figures
 from export.families import read_model
-from profiles.device import Figure, Storage, load_device
-from profiles.forecast import Sizes, fit, forecast, hit_rate, model_sizes, point
+from profiles.costs import device_costs, read_rate
+from profiles.device import Device, Figure, Overheads, ReadRate, Storage, load_device
+from profiles.forecast import estimate, fit, forecast, hit_rate, point
+from profiles.sizes import Sizes, model_sizes
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
 from runtime.memory import OVERHEAD_BYTES
@@ -21,7 +24,7 @@ from tests.published_configs import DEEPSEEK_V2_LITE
 # 10 layers of 8 experts, 2 per token: an expert is 10 MB, shared experts 20 MB, dense 30 MB per layer, head 100 MB.
 SIZES = Sizes(
     resident_bytes=1_000_000_000, kv_bytes=200_000_000, head_bytes=100_000_000, dense_layer_bytes=30_000_000,
-    shared_bytes=20_000_000, expert_bytes=10_000_000, blob_bytes=10_000_000, layers=10, experts=8, top_k=2,
+    shared_bytes=20_000_000, expert_bytes=10_000_000, blob_bytes=10_000_000, blocks=10, layers=10, experts=8, top_k=2,
 )  # fmt: skip
 
 
@@ -33,22 +36,67 @@ def test_hit_rate() -> None:
         assert hit_rate(SIZES, slots, 0.25) == pytest.approx(slots / 8)
 
 
+def device(drive_bytes_per_s: float, memory_bytes_per_s: float = 10e9, **more: object) -> Device:
+    drive, memory = (Figure(value, "assumed", "a test") for value in (drive_bytes_per_s, memory_bytes_per_s))
+    board = load_device("orin-nx-16gb")
+    return dataclasses.replace(board, storage=Storage(drive, drive, drive), memory_read_bytes_per_s=memory, **more)  # type: ignore[arg-type]
+
+
 def test_a_token_that_waits_for_the_drive() -> None:
-    found = point(SIZES, slots=2, overlap=0.5, drive_bytes_per_s=1e9, memory_bytes_per_s=10e9)
+    found = estimate(SIZES, device(1e9), slots=2, overlap=0.5)
     # Per layer: 30 MB dense = 3 ms; one miss of 10 MB = 10 ms, while shared 2 ms and one hit 1 ms are computed; the
     # missed expert 1 ms. Head 10 ms.
     assert found.tpot_ms == pytest.approx(10 + 10 * (3 + 10 + 1))
     assert found.drive_ms == pytest.approx(10 * (10 - 3))
     assert (found.misses_per_token, found.read_bytes_per_token, found.limit) == (10, 100_000_000, "memory bandwidth")
-    slow = point(SIZES, slots=2, overlap=0.5, drive_bytes_per_s=0.5e9, memory_bytes_per_s=10e9)
+    slow = estimate(SIZES, device(0.5e9), slots=2, overlap=0.5)
     assert slow.tpot_ms == pytest.approx(10 + 10 * (3 + 20 + 1))
     assert slow.limit == "the drive"
 
 
 def test_a_token_that_waits_for_memory() -> None:
-    found = point(SIZES, slots=8, overlap=0.25, drive_bytes_per_s=1e9, memory_bytes_per_s=10e9)
+    found = estimate(SIZES, device(1e9), slots=8, overlap=0.25)
     assert found.tpot_ms == pytest.approx(10 + 10 * (3 + 2 + 2))
     assert (found.drive_ms, found.misses_per_token, found.limit) == (0, 0, "memory bandwidth")
+
+
+def test_missed_experts_are_arithmetic_too_when_the_drive_is_fast() -> None:
+    """Both experts missed, 1 ms to read: shared 2 ms, then two experts of 1 ms each; the drive is not waited for."""
+    found = point(SIZES, device(20e9), np.full((4, 10), 2.0))
+    assert found.tpot_ms == pytest.approx(10 + 10 * (3 + 2 + 2))
+    assert (found.drive_ms, found.hit_rate) == (0, 0)
+
+
+def test_tokens_of_a_trace_are_averaged_layer_by_layer() -> None:
+    """A layer with two misses waits 20 - 3 ms where two layers with one each wait 10 - 3: means would not tell."""
+    uneven, even = np.array([[2.0, 0.0] * 5]), np.ones((1, 10))
+    board = device(1e9)
+    assert point(SIZES, board, even).tpot_ms == pytest.approx(10 + 10 * (3 + 10 + 1))
+    # Two misses: 3 + 20 + 1 (shared 2 and one expert are computed meanwhile); none: 3 + 2 + 2.
+    assert point(SIZES, board, uneven).tpot_ms == pytest.approx(10 + 5 * 24 + 5 * 7)
+
+
+def test_overheads_add_up() -> None:
+    seconds = {"token_s": 0.007, "block_s": 0.0005, "routing_s": 0.0003, "expert_s": 0.0002, "miss_s": 0.0004}
+    values = {**seconds, "read_share": 0.8, "overlap_loss": 0.25}
+    overheads = Overheads(**{name: Figure(value, "assumed", "a test") for name, value in values.items()})
+    found = point(dataclasses.replace(SIZES, blocks=20), device(1e9, overheads=overheads), np.ones((1, 10)))
+    # Two blocks per layer with experts. Read 10 / 0.8 + 0.4 = 12.9 ms; beside it shared 2.2 and one hit 1.2, a quarter
+    # of which is not hidden; then the missed expert, 1.2.
+    layer = 3 + 2 * 0.5 + 0.3 + 12.9 + 0.25 * 3.4 + 1.2
+    assert found.tpot_ms == pytest.approx(10 + 7 + 10 * layer)
+    assert found.drive_ms == pytest.approx(10 * (12.9 - 3.4))
+
+
+def test_read_rates_between_the_measured_points() -> None:
+    points = ((1 << 20, 1, 1e9), (1 << 20, 4, 4e9), (1 << 22, 1, 4e9), (1 << 22, 4, 4e9))
+    reads = tuple(ReadRate(block, depth, Figure(rate, "measured", "a test")) for block, depth, rate in points)
+    for block, depth, rate in (*points, (1 << 20, 2, 2e9), (1 << 21, 1, 2e9), (1 << 10, 1, 1e9), (1 << 30, 64, 4e9)):
+        assert read_rate(reads, block, depth) == pytest.approx(rate)
+    # One blob of 10 MB goes in 8 chunks of 1.25 MB to 8 threads, so it is read at the deepest rate measured.
+    board = device(1.0, reads=reads)
+    rate = read_rate(reads, 1.25e6, 8)
+    assert device_costs(SIZES, board).read_s(np.array([1.0, 2.0])) == pytest.approx([10e6 / rate, 20e6 / rate])
 
 
 def test_memory_sum() -> None:
