@@ -1,8 +1,8 @@
 """What to expect of a model on a board before anything is downloaded: does it fit, how often experts are read, how long
 a token takes, what limits it, what would help.
 
-The time is that of profiles/costs.py: a floor, no schedule of these parts is faster, unless the device profile holds the
-overheads that `edge calibrate` measures. Without a trace the hit rate is an estimate:
+The time is that of profiles/costs.py: a floor (no schedule of these parts is faster) unless the device profile holds
+the overheads that `edge calibrate` measures. Without a trace the hit rate is an estimate:
 
     hit rate = r + (1 - r) (S - K) / (E - K)       S slots and E experts per layer, K per token
 
@@ -168,7 +168,8 @@ def _fit(sizes: Sizes, device: Device, slots: int | None) -> Fit:
         return found
     if slots < sizes.top_k or (found.runs and slots > found.slots):
         raise UsageError(
-            f"--slots-per-layer {slots}: a token needs {sizes.top_k}, and {found.slots} fit beside the rest on {device.name}"
+            f"--slots-per-layer {slots}: a token needs {sizes.top_k}, and {found.slots} fit beside the rest on "
+            f"{device.name}"
         )
     return replace(found, slots=min(slots, found.slots))
 

@@ -44,7 +44,7 @@ def model_sizes(config: ModelConfig, context: int) -> Sizes:
         kv_bytes=context * _VALUE_BYTES * config.num_layers * row,
         head_bytes=_VALUE_BYTES
         * config.vocab_size
-        * config.hidden_size,  # a tied head is the embedding, and read all the same
+        * config.hidden_size,  # tied or not, it is read
         dense_layer_bytes=(dense + routers) / moe - shared,
         shared_bytes=shared,
         expert_bytes=layout.expert_bytes(config),
