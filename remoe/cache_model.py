@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from remoe.routing import as_mask, choose
+from runtime.cache_prior import CachePrior
 from runtime.config import RouterConfig
 
 
@@ -43,41 +44,39 @@ def misses(experts: Tensor, held: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prior:
-    """The cache-prior bias (arXiv 2412.00099): z' = z + strength * spread * mask(cached, or among the true `top_j`).
+    """Cache-prior routing by the engine's rule (runtime/cache_prior.py), with an LRU cache of `slots` per layer."""
 
-    `strength` is its lambda, `slots` the size of the LRU cache per layer.
-    """
-
-    strength: float
+    options: CachePrior
     slots: int
-    top_j: int = 1
 
 
 def choose_with_prior(
-    config: RouterConfig, logits: Tensor, bias: Tensor | None, segments: Tensor, prior: Prior, spread: float
+    config: RouterConfig, logits: Tensor, bias: Tensor | None, segments: Tensor, prior: Prior
 ) -> Tensor:
-    """Experts [N, K] of one layer where each choice leans towards what the choices before it left in the cache.
+    """Experts [N, K] of one layer, logits [N, E], where each choice leans towards what those before left in the cache.
 
-    `spread` is the layer's mean of max z - min z. One step after another: what is cached depends on every choice
-    before. No gradient.
+    One step after another, because what is cached depends on every choice before. No gradient.
     """
     with torch.no_grad():
-        bonus = prior.strength * spread
-        favoured = as_mask(choose(config, logits, bias)[:, : prior.top_j], config.num_experts)
-        if config.scoring != "softmax" or bias is not None or config.num_groups > 1:
-            return _step_by_step(config, logits, bias, favoured, segments, prior, bonus)
-        raw, lifted = logits.double().cpu().numpy(), (logits.double() + bonus).cpu().numpy()
-        base = np.where(favoured.cpu().numpy(), lifted, raw)
-        cache, result, before = _Recency(config.num_experts, prior.slots), [], -1
-        for row, up, segment in zip(base, lifted, segments.tolist(), strict=True):
+        stock = choose(config, logits, bias)
+        liked = as_mask(stock[:, : prior.options.top_j], config.num_experts).cpu().numpy()
+        lift = (prior.options.strength * _spreads(config, logits, segments, prior)).cpu().numpy()
+        rows, cache, before = logits.cpu().numpy(), _Recency(config.num_experts, prior.slots), None
+        plain = config.scoring == "softmax" and bias is None and config.num_groups == 1
+        bias = None if bias is None else bias.cpu()
+        result = []
+        for row, bonus, first, segment in zip(rows, lift, liked, segments.tolist(), strict=True):
             if segment != before:
                 cache.clear()
                 before = segment
-            biased = np.where(cache.held, up, row)
-            best = np.argsort(-biased, kind="stable")[: config.top_k]
-            cache.use(best.tolist())
+            biased = row + bonus * (first | cache.held)
+            if plain:
+                best = np.argsort(-biased, kind="stable")[: config.top_k].tolist()
+            else:
+                best = choose(config, torch.from_numpy(biased), bias).tolist()
+            cache.use(best)
             result.append(best)
-        return torch.from_numpy(np.stack(result)).to(logits.device)
+        return torch.tensor(result, device=logits.device)
 
 
 class _Recency:
@@ -110,28 +109,24 @@ class _Recency:
         self.held[:] = False
 
 
-def _step_by_step(
-    config: RouterConfig,
-    logits: Tensor,
-    bias: Tensor | None,
-    favoured: Tensor,
-    segments: Tensor,
-    prior: Prior,
-    bonus: float,
-) -> Tensor:
-    """The general case, with the family's own choice in every step."""
-    logits, favoured = logits.cpu(), favoured.cpu()
-    bias_cpu = None if bias is None else bias.cpu()
-    cache, result, before = _Recency(config.num_experts, prior.slots), [], -1
-    for row, liked, segment in zip(logits, favoured, segments.tolist(), strict=True):
-        if segment != before:
-            cache.clear()
-            before = segment
-        lift = liked | torch.from_numpy(cache.held)
-        best = choose(config, row + bonus * lift, bias_cpu)
-        cache.use(best.tolist())
-        result.append(best)
-    return torch.stack(result).to(segments.device)
+def _spreads(config: RouterConfig, logits: Tensor, segments: Tensor, prior: Prior) -> Tensor:
+    """D of each token [N]: the spread of its own best K logits, or the mean of max - min over its document so far."""
+    if prior.options.scaling == "token":
+        best = logits.topk(config.top_k, dim=-1).values
+        return best[:, 0] - best[:, -1]
+    total = (logits.amax(-1) - logits.amin(-1)).double().cumsum(0)
+    start = _starts(segments)
+    before = torch.where(start > 0, total[(start - 1).clamp_min(0)], 0.0)
+    count = torch.arange(1, len(segments) + 1, device=segments.device) - start
+    return ((total - before) / count).to(logits.dtype)
+
+
+def _starts(segments: Tensor) -> Tensor:
+    """First step of each token's document, [N]."""
+    times = torch.arange(len(segments), device=segments.device)
+    changed = torch.ones_like(segments, dtype=torch.bool)
+    changed[1:] = segments[1:] != segments[:-1]
+    return torch.where(changed, times, 0).cummax(0).values
 
 
 def _ranks(missed: Tensor) -> Tensor:
@@ -148,10 +143,7 @@ def _used_last(experts: Tensor, ranks: Tensor, segments: Tensor, num_experts: in
     when.scatter_(-1, experts, times[:, None] * top_k + ranks)
     last = torch.full_like(when, -1)
     last[..., 1:, :] = when.cummax(-2).values[..., :-1, :]  # before the step, not after it
-    changed = torch.ones(steps, dtype=torch.bool, device=experts.device)
-    changed[1:] = segments[1:] != segments[:-1]
-    start = torch.where(changed, times, 0).cummax(0).values  # first step of the token's document
-    last = last.masked_fill(last < start[:, None] * top_k, -1)
+    last = last.masked_fill(last < _starts(segments)[:, None] * top_k, -1)
     if slots >= num_experts:
         return last >= 0
     newest = last.topk(slots, dim=-1)

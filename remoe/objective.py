@@ -18,6 +18,7 @@ from torch import Tensor
 from remoe import losses
 from remoe.cache_model import Prior, lru_contents, misses
 from remoe.routing import as_mask, choose, expert_overlap, log_distribution, order_values
+from runtime.cache_prior import CachePrior, Scaling
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
 
@@ -49,8 +50,9 @@ class Objective:
     miss: float = 0.0
     miss_softness: float = 0.25
     lm_kl: float = 0.0  # KL(stock model || tuned model) of the next-token distribution
-    prior: float = 0.0  # lambda of the cache-prior bias that is active while tuning, and should be at inference
+    prior: float = 0.0  # strength of the cache-prior bias that is active while tuning, and should be at inference
     prior_top_j: int = 1
+    prior_scaling: Scaling = "mean"
     sharpen: float = 1.0  # the terms see softmax(sharpen * logits)
     layer_strength: tuple[float, ...] = ()  # factor on the locality terms of each MoE layer; empty: 1 each
     hidden_gradient: bool = True  # layer terms also reach the gates below, through the hidden state
@@ -77,13 +79,13 @@ class Objective:
             in (0, layers),
             f"the router chooses all of its {router.num_experts} experts, so there is no routing to tune": router.top_k
             < router.num_experts,
-            f"prior_top_j = {self.prior_top_j} is not between 0 and {router.top_k}": 0
-            <= self.prior_top_j
-            <= router.top_k,
+            f"prior_top_j = {self.prior_top_j} is not between 0 and K": 0 <= self.prior_top_j <= router.top_k,
         }
         for problem, holds in rules.items():
             if not holds:
                 raise UsageError(f"objective: {problem}")
+        if self.reuse_target not in ("previous", "cache") or self.prior_scaling not in ("mean", "token"):
+            raise UsageError(f"objective: reuse_target {self.reuse_target!r}, prior_scaling {self.prior_scaling!r}")
 
     def slots(self, router: RouterConfig) -> int:
         """C of the simulated cache."""
@@ -95,7 +97,9 @@ class Objective:
 
     def cache_prior(self, router: RouterConfig) -> Prior | None:
         """The bias that is active while tuning."""
-        return Prior(self.prior, self.slots(router), self.prior_top_j) if self.prior else None
+        if not self.prior:
+            return None
+        return Prior(CachePrior(self.prior, self.prior_top_j, self.prior_scaling), self.slots(router))
 
     @property
     def needs_model(self) -> bool:

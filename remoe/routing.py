@@ -8,31 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime import router
 from runtime.config import RouterConfig
-
-
-def scores_of(config: RouterConfig, logits: Tensor) -> Tensor:
-    """logits [..., E] to what the experts are weighted by."""
-    return logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
 
 
 def choose(config: RouterConfig, logits: Tensor, bias: Tensor | None) -> Tensor:
     """logits [..., E] to the chosen experts [..., K] int64, best first. No gradient."""
     with torch.no_grad():
-        choice = scores_of(config, logits)
-        if bias is not None:
-            choice = choice + bias
-        if config.num_groups > 1:
-            choice = _limit_groups(config, choice)
-        return choice.topk(config.top_k, dim=-1).indices
+        return router.choose(config, logits, bias)[0]
 
 
 def weigh(config: RouterConfig, logits: Tensor, experts: Tensor) -> Tensor:
     """Weights [..., K] of `experts` [..., K], whoever chose them: the family's own rule on the gate's own logits."""
-    weights = scores_of(config, logits).gather(-1, experts)
-    if config.normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * config.scale if config.scale != 1.0 else weights
+    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+    return router.weigh(config, scores, experts)
 
 
 def log_distribution(config: RouterConfig, logits: Tensor, sharpen: float = 1.0) -> Tensor:
@@ -51,7 +40,7 @@ def order_values(config: RouterConfig, logits: Tensor, bias: Tensor | None) -> T
     """What the top-k sorts by, with a gradient: logits, or for gates with sigmoid scores those plus the bias."""
     if config.scoring == "softmax" and bias is None:
         return logits
-    scores = scores_of(config, logits)
+    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
     return scores if bias is None else scores + bias
 
 
@@ -77,14 +66,3 @@ def expert_overlap(chosen: Tensor, segments: Tensor) -> Tensor:
     valid = same_document(segments, 1)[1:]
     shared = (chosen[..., 1:, :] & chosen[..., :-1, :]).sum(-1).double()
     return shared[..., valid].mean(-1) / chosen[..., 0, :].sum(-1)
-
-
-def _limit_groups(config: RouterConfig, choice: Tensor) -> Tensor:
-    grouped = choice.unflatten(-1, (config.num_groups, -1))
-    if config.group_score == "max":
-        best = grouped.amax(-1)
-    else:
-        best = grouped.topk(2, dim=-1).values.sum(-1)
-    groups = best.topk(config.top_groups, dim=-1).indices
-    allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, groups, True)
-    return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)

@@ -13,6 +13,7 @@ from remoe import losses
 from remoe.cache_model import Prior, choose_with_prior, lru_contents, misses
 from remoe.objective import LAYER_TERMS, Objective, Routed, combine, layer_terms, routing_numbers
 from remoe.routing import as_mask, choose, expert_overlap, log_distribution, weigh
+from runtime.cache_prior import CachePrior, Spread, prefer_cached
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
 from runtime.policies import LRU
@@ -56,16 +57,21 @@ def lru_before_each_step(experts: list[list[int]], slots: int) -> list[set[int]]
         policy, resident = LRU(), set()
         for t in document:
             result.append(set(resident))
-            for e in [e for e in experts[t] if e in resident]:
-                policy.touch(e)
-            for e in [e for e in experts[t] if e not in resident]:
-                if len(resident) == slots:
-                    victim = policy.victim(experts[t])
-                    policy.remove(victim)
-                    resident.discard(victim)  # type: ignore[arg-type]
-                policy.insert(e)
-                resident.add(e)
+            _use(policy, resident, experts[t], slots)
     return result
+
+
+def _use(policy: LRU, resident: set[int], experts: list[int], slots: int) -> None:
+    missed = [e for e in experts if e not in resident]
+    for e in [e for e in experts if e in resident]:
+        policy.touch(e)
+    for e in missed:
+        if len(resident) == slots:
+            victim = policy.victim(experts)
+            policy.remove(victim)  # type: ignore[arg-type]
+            resident.discard(victim)  # type: ignore[arg-type]
+        policy.insert(e)
+        resident.add(e)
 
 
 def as_lists(z: torch.Tensor) -> list[list[float]]:
@@ -239,31 +245,47 @@ def test_overlap_by_hand() -> None:
 
 
 def test_the_prior_prefers_what_is_cached() -> None:
+    """max z - min z is 4, 4, 4 and 9: the running mean D is 4 three times, then 21 / 4."""
     z = torch.tensor([[4.0, 3, 0, 0, 0, 0], [0, 0, 0, 3, 4, 1], [0, 2.5, 0, 3, 4, 0], [9, 0, 8, 0, 0, 0]])
     segments = torch.zeros(4, dtype=torch.int64)
-    plain = choose_with_prior(ROUTER, z, None, segments, Prior(0.0, 2), 5.0)
-    assert plain.tolist() == choose(ROUTER, z, None).tolist() == [[0, 1], [4, 3], [4, 3], [0, 2]]
-    # bonus 4: after {0, 1} expert 4 stays, being the true best; 0 and 1 rise to 4 and beat expert 3.
-    biased = choose_with_prior(ROUTER, z, None, segments, Prior(0.8, 2), 5.0)
-    assert biased[1].tolist() == [4, 0]
-    assert biased[3].tolist() == [0, 2]  # what is far ahead is chosen whatever is cached
-    no_guard = choose_with_prior(ROUTER, z, None, segments, Prior(0.82, 2, top_j=0), 5.0)
-    assert no_guard[1].tolist() == [0, 1]
-    assert weigh(ROUTER, z[1:2], biased[1:2])[0].tolist() == pytest.approx(
-        z[1].softmax(-1)[biased[1]].tolist()
-    )  # the original logits weigh
+
+    def experts(strength: float, top_j: int = 1, scaling: str = "mean") -> list[list[int]]:
+        prior = Prior(CachePrior(strength, top_j, scaling), 2)  # type: ignore[arg-type]
+        return choose_with_prior(ROUTER, z, None, segments, prior).tolist()
+
+    assert experts(0.0) == choose(ROUTER, z, None).tolist() == [[0, 1], [4, 3], [4, 3], [0, 2]]
+    # Bonus 3.2: expert 4, the true best, keeps its place; the cached 0 and 1 rise to 3.2 and beat expert 3.
+    # Then {4, 0} is cached: 4 stays, 0 rises to 3.2 again. At last 0 leads and 2 is far ahead of the cached 4.
+    assert experts(0.8) == [[0, 1], [4, 0], [4, 0], [0, 2]]
+    # Without the guard 0 and 1 at 4.4 beat 4 and 3 (4 and 3), then 1 with 2.5 + 4.4 leads, and 0 with 4.4 follows.
+    assert experts(1.1, top_j=0) == [[0, 1], [0, 1], [1, 0], [0, 2]]
+    # By the token's own spread (1, 1, 1, 1) nothing changes: 1 is too little to pass expert 3.
+    assert experts(1.1, scaling="token") == [[0, 1], [4, 3], [4, 3], [0, 2]]
+    weights = weigh(ROUTER, z[1:2], torch.tensor([[4, 0]]))[0]
+    assert weights.tolist() == pytest.approx(z[1].softmax(-1)[[4, 0]].tolist())  # the original logits weigh
 
 
-def test_the_prior_of_sigmoid_gates_chooses_as_the_family_does() -> None:
-    router = RouterConfig(6, 2, scoring="sigmoid", normalise=True, num_groups=3, top_groups=2, choice_bias=True)
-    z, bias = logits(3, 1)[0], torch.linspace(-0.1, 0.1, 6, dtype=torch.float64)
-    plain = choose_with_prior(router, z, bias, SEGMENTS, Prior(0.0, 3), 1.0)
-    assert plain.tolist() == choose(router, z, bias).tolist()
-    leaning = choose_with_prior(router, z, bias, SEGMENTS, Prior(2.0, 3), 1.0)
-    assert (
-        misses(leaning, lru_contents(leaning, SEGMENTS, 6, 3)).sum()
-        < misses(plain, lru_contents(plain, SEGMENTS, 6, 3)).sum()
-    )
+@pytest.mark.parametrize("scaling", ["mean", "token"])
+@pytest.mark.parametrize(
+    "router",
+    [ROUTER, RouterConfig(6, 2, scoring="sigmoid", normalise=True, num_groups=3, top_groups=2, choice_bias=True)],
+    ids=["softmax", "sigmoid"],
+)
+def test_the_prior_is_the_engines_rule(router: RouterConfig, scaling: str) -> None:
+    """The engine's own function and policy class, one token after another, a fresh cache per document."""
+    z = logits(3, 1)[0].float()
+    bias = torch.linspace(-0.1, 0.1, 6) if router.choice_bias else None
+    options = CachePrior(0.5, 1, scaling)  # type: ignore[arg-type]
+    wanted = []
+    for document in DOCUMENTS:
+        policy, resident, spread = LRU(), set(), Spread()
+        for t in document:
+            cached = torch.tensor([[float(e in resident) for e in range(6)]])
+            experts, _, _ = prefer_cached(options, router, z[t : t + 1], bias, cached, spread.update(z[t : t + 1]))
+            wanted.append(experts[0].tolist())
+            _use(policy, resident, wanted[-1], 3)
+    assert choose_with_prior(router, z, bias, SEGMENTS, Prior(options, 3)).tolist() == wanted
+    assert wanted != choose(router, z, bias).tolist()
 
 
 def test_sigmoid_gates_have_a_distribution_too() -> None:
