@@ -5,8 +5,8 @@
     weights = those that z gives these experts, by the model's own rule
 
 D is the spread of logits that makes `strength` mean the same in every layer: with scaling "mean" the running mean of
-max z - min z over the tokens of this sequence, in this layer; with "token" z_(1) - z_(K) of this token alone. A strength
-of 0 is stock routing, bit for bit. A prompt is routed by the stock rule, for all its experts are read once anyway.
+max z - min z over the tokens of this sequence, in this layer; with "token" z_(1) - z_(K) of this token alone. With
+strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once anyway.
 
 What comes out now depends on what is in the cache, so on slots, policy and what ran before; it is the same whenever
 these are the same.
@@ -49,34 +49,35 @@ class CachePrior:
 
 
 class Spread:
-    """Running mean of max z - min z over the tokens of a sequence; `layers` of them side by side."""
+    """Running mean of max z - min z over the tokens of a sequence; rows of one layer, or one row per layer."""
 
-    def __init__(self, layers: int) -> None:
-        self._sums, self._counts = [0.0] * layers, [0] * layers
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
 
-    def update(self, layer: int, logits: torch.Tensor) -> float:
-        """Take logits [S, E] into the mean and return it."""
-        self._sums[layer] += float((logits.amax(-1) - logits.amin(-1)).sum())
-        self._counts[layer] += len(logits)
-        return self._sums[layer] / self._counts[layer]
+    def update(self, logits: torch.Tensor, together: bool = True) -> torch.Tensor:
+        """Take logits [S, E] into the mean and return it: [1, 1] over all rows, or one per row [S, 1]."""
+        spreads = (logits.amax(-1) - logits.amin(-1)).double()
+        self._sum = self._sum + (spreads.sum()[None] if together else spreads)
+        self._count += len(logits) if together else 1
+        return (self._sum / self._count).float()[:, None]
 
 
 def prefer_cached(
-    options: CachePrior, config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None, cached: list[int],
-    spread: float,
+    options: CachePrior, config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None, cached: torch.Tensor,
+    spread: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One token: logits [1, E], the layer's choice bias [E], the experts in its cache, the mean spread.
+    """Rows that each have a cache of their own: logits [S, E], choice bias [E] or [S, E], what is in the row's cache
+    [S, E] (0 or 1, changed here), its mean spread [S, 1].
 
-    Returns the experts [1, K], the stock choice [1, K] and all true scores [1, E].
+    Returns the experts [S, K], the stock choice [S, K] and all true scores [S, E].
     """
     stock, scores = choose(config, logits, bias)
     if options.scaling == "token":
-        best = logits.topk(config.top_k).values[0]
-        spread = float(best[0] - best[-1])
-    mask = torch.zeros_like(logits)
-    mask[0, cached] = 1.0
-    mask[0, stock[0, : options.top_j]] = 1.0
-    experts, _ = choose(config, logits + options.strength * spread * mask, bias)
+        best = logits.topk(config.top_k).values
+        spread = best[:, :1] - best[:, -1:]
+    cached.scatter_(1, stock[:, : options.top_j], 1.0)
+    experts, _ = choose(config, logits + options.strength * spread * cached, bias)
     return experts, stock, scores
 
 
@@ -94,7 +95,6 @@ class CachePriorRouter:
         options.check(router.config.top_k)
         self.config, self.biases, self.options = router.config, router.biases, options
         self._router, self._cache = router, cache
-        self._layers = {layer: i for i, layer in enumerate(router.layers)}
         self.begin()
 
     @property
@@ -108,7 +108,7 @@ class CachePriorRouter:
 
     def begin(self) -> None:
         """A new sequence starts: forget the mean spread and the agreement of the last one."""
-        self._spread = Spread(len(self._layers))
+        self._spreads = {layer: Spread() for layer in self._router.layers}
         self._same = self._asked = 0
 
     @property
@@ -119,12 +119,13 @@ class CachePriorRouter:
     def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As Router.route; only a single row may be routed away from the stock choice."""
         logits = self._router.logits(layer, h)
-        spread = self._spread.update(self._layers[layer], logits)
+        spread = self._spreads[layer].update(logits)
         bias = self.biases.get(layer)
         if len(h) > 1:
             experts, scores = choose(self.config, logits, bias)
         else:
-            cached = sorted(self._cache.residents(layer))
+            cached = torch.zeros_like(logits)
+            cached[0, list(self._cache.residents(layer))] = 1.0
             experts, stock, scores = prefer_cached(self.options, self.config, logits, bias, cached, spread)
             self._same += len(set(experts[0].tolist()) & set(stock[0].tolist()))
             self._asked += experts.shape[1]
