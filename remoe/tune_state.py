@@ -1,0 +1,87 @@
+"""An unfinished tuning run on disk: gates and optimizer after a step, and what the run must still be like to go on.
+
+One safetensors file; it appears whole or not at all, so whatever happens the last complete one is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from runtime.errors import EdgeError, UsageError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides a run. A state with another one is not resumed."""
+
+    options_sha256: str
+    data_sha256: str
+    gates_sha256: str
+    processes: int
+
+
+def save_state(path: Path, step: int, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity) -> None:
+    """Write the state after `step`. Raises EdgeError when the disk fails."""
+    tensors: dict[str, Tensor] = {}
+    for number, gate in enumerate(gates):
+        tensors[f"{number}.weight"] = gate.detach()
+        for moment in _MOMENTS:
+            tensors[f"{number}.{moment}"] = optimizer.state[gate][moment]
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"state": json.dumps({"step": step, **asdict(identity)})}
+    staged = path.with_name(f".{path.name}.tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError as error:
+        raise EdgeError(f"{path}: the state of the run cannot be written: {error.strerror}") from error
+
+
+def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity) -> int:
+    """Put gates and optimizer into the state and return its step.
+
+    Raises UsageError when it is of another run, naming what differs.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            stored = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+        step = int(stored.pop("step"))
+        _same(path, stored, identity)
+        for number, gate in enumerate(gates):
+            with torch.no_grad():
+                gate.copy_(tensors[f"{number}.weight"])
+            moments = {m: tensors[f"{number}.{m}"].to(gate.device) for m in _MOMENTS}
+            optimizer.state[gate] = {"step": torch.tensor(float(step)), **moments}
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
+    return step
+
+
+def _same(path: Path, stored: dict[str, Any], identity: Identity) -> None:
+    words = {
+        "options_sha256": "other options",
+        "data_sha256": "other data",
+        "gates_sha256": "another model",
+        "processes": "another number of processes",
+    }
+    for name, value in asdict(identity).items():
+        if stored.get(name) != value:
+            raise UsageError(
+                f"{path}: the interrupted run had {words[name]}: resume it with the same command, or remove the file "
+                "to start over"
+            )
