@@ -26,11 +26,13 @@ from runtime.cache_prior import CachePrior, CachePriorRouter
 from runtime.decoder import Decoder, Timing
 from runtime.errors import UsageError
 from runtime.kv_cache import KVCache
+from runtime.layout import BASE_ROUTER
 from runtime.loader import Loader
 from runtime.machine import describe
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.records import FinishReason, Meter, Recorder, Summary, TokenRecord
 from runtime.router import Router, Routing
+from runtime.router_file import gates_sha256
 from runtime.sampler import Sampler
 from runtime.storage import ExpertStorage
 from runtime.stream import StreamDecoder
@@ -119,6 +121,13 @@ class Engine:
         """Size of the arena."""
         return self._arena.size_bytes
 
+    @property
+    def gates_sha256(self) -> str:
+        """Fingerprint of the model's stock gates, whichever router is in use."""
+        base = Path(BASE_ROUTER).stem
+        stock = self.router if self.options.router == base else Router.load(self.bundle, base, self._backend.device)
+        return gates_sha256(stock.tensors())
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises UsageError when it is empty, foreign to the vocabulary, or text without a
         tokenizer.
@@ -176,7 +185,8 @@ class Engine:
 
         Raises UsageError when there is none of that name, BundleError when it is not of this model.
         """
-        self.decoder.router = self._routing(Router.load(self.bundle, name, self._backend.device), prior)
+        self.router = Router.load(self.bundle, name, self._backend.device)
+        self.decoder.router = self._routing(self.router, prior)
         self.decoder.rewind()
         facts = asdict(prior or CachePrior())
         changes = {f"prior_{field}": value for field, value in facts.items()}
@@ -205,7 +215,7 @@ class Engine:
             self.notes.append("reads: buffered, as asked for with --no-direct-io")
         with torch.inference_mode():
             backend = self._backend = backends.create(self.backend_name, bundle, dtype)
-            router = Router.load(bundle, options.router, backend.device)
+            self.router = Router.load(bundle, options.router, backend.device)
         if backend.name == "torch" and self.dtype_name == "fp16" and backend.arithmetic == "torch":
             self.notes.append(
                 "arithmetic: torch alone, slower than the compiled kernel: install a C compiler, then the package again"
@@ -215,7 +225,7 @@ class Engine:
         self._stack.callback(self._loader.close)
         self._cache = ExpertCache(self.config.moe_layers, self._arena, self._loader, options.policy, options.scope)
         kv_cache = KVCache(self.config, self.context, dtype, backend.device)
-        self.decoder = Decoder(self.config, backend, self._routing(router, options.prior), self._cache, kv_cache)
+        self.decoder = Decoder(self.config, backend, self._routing(self.router, options.prior), self._cache, kv_cache)
         self._recorder = Recorder(options.record)
         self._stack.callback(self._recorder.close)
 

@@ -74,6 +74,11 @@ class Router:
             check_base(provenance, gates_sha256(base), path, model)
         return cls(bundle.config, tensors, device)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The gates by the names of a router file."""
+        weights = {f"layer_{n:02d}.weight": weight for n, weight in self._weights.items()}
+        return weights | {f"layer_{n:02d}.choice_bias": bias for n, bias in self.biases.items()}
+
     def begin(self) -> None:
         """A new sequence starts: nothing to forget."""
 
