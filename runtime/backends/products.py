@@ -27,26 +27,22 @@ class Products:
     def __init__(self, dtype: torch.dtype, activation: str) -> None:
         self._dtype = dtype
         self._activation = _ACTIVATIONS[activation]
-        self._kernel = native.load(torch.get_num_threads()) if dtype == torch.float16 else None
-        self._gated_kernel = self._kernel if activation == "silu" else None
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the kernel computes products of a few rows."""
-        return self._kernel is not None
+        #: What computes products of a few rows; None where it is torch.
+        self.kernel = native.load(torch.get_num_threads()) if dtype == torch.float16 else None
+        self._gated_kernel = self.kernel if activation == "silu" else None
 
     def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """h [S, in] to [S, out], both in the compute dtype."""
-        if self._kernel is None or len(h) > FEW_ROWS:
+        if self.kernel is None or len(h) > FEW_ROWS:
             return functional.linear(h, weight, bias)
-        y = self._kernel.linear(h.float(), weight)
+        y = self.kernel.linear(h.float(), weight)
         return (y if bias is None else y.add_(bias)).half()
 
     def linear_fp32(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Like `linear`, but the result is fp32 and, with the kernel, was never less."""
-        if self._kernel is None or len(h) > FEW_ROWS:
+        if self.kernel is None or len(h) > FEW_ROWS:
             return functional.linear(h, weight).float()
-        return self._kernel.linear(h.float(), weight)
+        return self.kernel.linear(h.float(), weight)
 
     def gated(self, h: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """act(gate) * up through down: h [S, H] to [S, H] fp32; gate_up [2I, H], down [H, I].

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from runtime.backends.attention import Attention, rms_norm
+from runtime.backends.block import CompiledBlock, suits
 from runtime.backends.products import FEW_ROWS, Products
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig
@@ -28,12 +29,14 @@ class TorchBackend:
         self._config: ModelConfig = config
         self._threads = torch.get_num_threads()
         self._products = Products(dtype, config.activation)
-        self.arithmetic = "compiled kernel" if self._products.compiled else "torch"
+        self.arithmetic = "compiled kernel" if self._products.kernel else "torch"
         self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
         head = self._load(bundle, HEAD_FILE, head_tensors(config))
         self._norm, self._head = head["norm"], head.get("head", self._embed)
         self._layers = [self._load(bundle, layer_file(n), layer_tensors(config, n)) for n in range(config.num_layers)]
         self._attention = Attention(config, self._products)
+        kernel = self._products.kernel if suits(config) else None
+        self._block = None if kernel is None else CompiledBlock(config, kernel, self._layers)
         inner, hidden = config.expert_intermediate_size, config.hidden_size
         self._split = 2 * inner * hidden
         self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
@@ -52,7 +55,7 @@ class TorchBackend:
         """A few tokens with the compiled kernel leave torch only small operations. Those run on one thread: a parallel
         region waits for its slowest thread, up to a whole time slice where another process has the core.
         """
-        torch.set_num_threads(1 if count <= FEW_ROWS and self._products.compiled else self._threads)
+        torch.set_num_threads(1 if count <= FEW_ROWS and self._products.kernel else self._threads)
         try:
             yield
         finally:
@@ -62,6 +65,8 @@ class TorchBackend:
         return self._embed[token_ids].float() * self._config.embed_scale
 
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._block is not None and len(x) == 1:
+            return self._block.run(layer, x, cache)
         weights, config = self._layers[layer], self._config
         normed = rms_norm(x, weights["attn_norm"], config.norm_eps).to(self.dtype)
         attended = self._attention(weights, layer, normed, cache)

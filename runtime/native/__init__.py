@@ -1,5 +1,6 @@
-"""Compiled kernels, built where a C compiler is found: fp16 matrix times a few fp32 vectors (gemv.c), which is what
-decoding on a CPU consists of, and bf16 to fp16 (convert.c), which is what exporting does.
+"""Compiled kernels, built where a C compiler is found: fp16 matrix times a few fp32 vectors (products.c) and the dense
+block of one token (block.c), which is what decoding on a CPU consists of, and bf16 to fp16 (convert.c), which is what
+exporting does.
 
 Without them torch computes the same, slower; the engine says which it is.
 """
@@ -16,18 +17,46 @@ import torch
 _SIZES, _POINTERS = ctypes.c_ssize_t, ctypes.c_void_p
 
 
+class Block(ctypes.Structure):
+    """block_t of block.c: one layer. Whoever fills it keeps the tensors behind the pointers alive."""
+
+    _fields_ = [
+        *(
+            (name, _POINTERS)
+            for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm", "qkv_bias", "o_bias", "qkv", "o")
+        ),
+        *((n, ctypes.c_int64) for n in ("hidden", "heads", "kv_heads", "head_size", "value_size", "norm_whole")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "clip", "scale", "residual_scale")),
+    ]
+
+
+class Step(ctypes.Structure):
+    """step_t of block.c: one token's way through a layer."""
+
+    _fields_ = [
+        *((name, _POINTERS) for name in ("x", "cos", "sin", "keys", "values")),
+        ("position", ctypes.c_int64),
+        *((name, _POINTERS) for name in ("scratch", "out", "h")),
+    ]
+
+
 class Kernel:
     """The loaded library. Its threads belong to the process; callers take turns."""
 
     def __init__(self, library: ctypes.CDLL, threads: int, level: int = -1) -> None:
-        """`level` picks an instruction set as in gemv.c; -1 is the best. Raises OSError where it is not to be had."""
+        """`level` picks an instruction set as in kernels.h, -1 the best. Raises OSError where it is not to be had."""
         library.edge_product.argtypes = [_POINTERS] * 3 + [_SIZES] * 3
         library.edge_product.restype = None
         library.edge_gated_mlp.argtypes = [_POINTERS] * 5 + [_SIZES] * 3
         library.edge_gated_mlp.restype = None
+        library.edge_block.argtypes = [ctypes.POINTER(Block), ctypes.POINTER(Step)]
+        library.edge_block.restype = None
+        library.edge_block_scratch.argtypes = [ctypes.POINTER(Block), ctypes.c_int64]
+        library.edge_block_scratch.restype = _SIZES
         if library.edge_start(ctypes.c_int(level), ctypes.c_int(threads)) != 0:
             raise OSError(f"the kernel does not start at level {level} with {threads} threads")
         self._product, self._gated = library.edge_product, library.edge_gated_mlp
+        self.block, self.block_scratch = library.edge_block, library.edge_block_scratch
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """weight [R, C] fp16 times x [n, C] fp32, both contiguous: [n, R] fp32. A row's bits do not depend on n."""
