@@ -11,7 +11,10 @@ OUT      ?= out
 TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 VENV_ARGS ?=
-PROMPT   ?= Write a short story about a lighthouse keeper.
+# What the demo model is asked: an answer, a story, a piece of code.
+QUESTION ?= What is photosynthesis?
+STORY    ?= Tell me a short story about a lighthouse keeper.
+CODE     ?= Write a Python function that returns the factorial of n.
 PYTEST_ARGS ?=
 # What `make profile` measures and how. On a board: BUNDLE=qwen.bundle PROFILE_ARGS="--protocol remoe"
 BUNDLE   ?= $(OUT)/demo.bundle
@@ -23,7 +26,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint bench profile report clean
+.PHONY: help venv demo demo-large demo-model test test-fast lint bench profile report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,12 +47,23 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[test]"
 	@touch $@
 
-demo: $(VENV)/.installed ## export a small mixture of experts and let it speak through the streamed cache
+demo: $(VENV)/.installed ## export a small trained mixture of experts and let it speak through the streamed cache
 	$(BIN)/python -m demo.build --out $(OUT)/demo-checkpoint
 	@# A whole bundle of an earlier call is kept; export itself resumes an interrupted one.
 	test -f $(OUT)/demo.bundle/manifest.json || $(BIN)/edge export $(OUT)/demo-checkpoint $(OUT)/demo.bundle
-	@# Half of the 16 experts per layer have a slot, so that experts really come from the disk while it speaks.
-	$(BIN)/edge generate $(OUT)/demo.bundle --chat --prompt "$(PROMPT)" --max-new-tokens 64 --slots-per-layer 8
+	@# Half of the 32 experts per layer have a slot, so that experts really come from the disk while it speaks.
+	@set -e; for prompt in "$(QUESTION)" "$(STORY)" "$(CODE)"; do printf '\n> %s\n' "$$prompt"; \
+	  $(BIN)/edge generate $(OUT)/demo.bundle --chat --prompt "$$prompt" --max-new-tokens 80 --slots-per-layer 16 \
+	  --repetition-penalty 1.1; done
+
+demo-large: $(VENV)/.installed ## the same with 1.27 GB of larger experts, whose routing means nothing: for input and output only
+	$(BIN)/python -m demo.build --model large-8 --out $(OUT)/demo-large-checkpoint
+	test -f $(OUT)/demo-large.bundle/manifest.json || \
+	  $(BIN)/edge export $(OUT)/demo-large-checkpoint $(OUT)/demo-large.bundle
+	$(BIN)/edge generate $(OUT)/demo-large.bundle --chat --prompt "$(STORY)" --max-new-tokens 80 --slots-per-layer 16
+
+demo-model: $(VENV)/.installed-test ## train the demo model anew, from the dense one (about 100 minutes on two cores)
+	$(BIN)/python -m demo.distill.train --out $(OUT)/demo-model
 
 test: $(VENV)/.installed-test ## all tests (a GPU is used where there is one)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
