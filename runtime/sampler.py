@@ -12,6 +12,7 @@ from runtime.errors import EdgeError, UsageError
 
 _MAX_SEED = (1 << 63) - 1
 _FEW = 1024  # sorting a whole vocabulary takes 20 ms; what top-p keeps is nearly always among this many
+_LEAST_TEMPERATURE = 1e-30  # below it nothing changes, and fp32 ends
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Sampler:
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
         self._random = torch.Generator(device="cpu").manual_seed(options.seed)
+        # Kept from token to token: fresh memory of this size comes page by page from the kernel, which takes longer.
+        self._weights, self._sums = torch.empty(0), torch.empty(0, dtype=torch.float64)
 
     def choose(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """The next token id from logits [V] (fp32), given all ids so far, prompt included.
@@ -59,20 +62,24 @@ class Sampler:
         Raises EdgeError when the logits are no numbers: an overflow in a low precision, or damaged weights.
         """
         scores = self._penalised(logits, history)
-        best = scores.max()
-        if not torch.isfinite(best):
+        best = int(scores.numpy().argmax())  # numpy's: one pass of vector code; the first of equal ones, or of NaNs
+        if not math.isfinite(scores[best]):
             raise EdgeError(
-                f"the model's logits contain {best.item()}: its values left the range of the compute dtype\n"
+                f"the model's logits contain {scores[best].item()}: its values left the range of the compute dtype\n"
                 "  run again with --dtype fp32, or check the weights: edge verify BUNDLE"
             )
         if self.options.temperature == 0:
-            return int(torch.argmax(scores))  # the first one, where several are equal
-        ids, probabilities = self._candidates(scores)
-        return self._draw(ids, probabilities)
+            return best
+        ids, weights = self._candidates(scores, float(scores[best]))
+        at = self._draw(weights)
+        return at if ids is None else int(ids[at])
 
     def distribution(self, logits: torch.Tensor, history: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `choose` draws from, for a temperature above 0: ids [n] and their probabilities [n]."""
-        return self._candidates(self._penalised(logits, history))
+        """What `choose` draws from, for a temperature above 0: ids [n] and their probabilities [n] fp64."""
+        scores = self._penalised(logits, history)
+        ids, weights = self._candidates(scores, float(scores.max()))
+        weights = weights.double()
+        return torch.arange(len(scores)) if ids is None else ids, weights / weights.sum()
 
     def _penalised(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         scores = logits.detach().to("cpu", torch.float32)
@@ -84,33 +91,41 @@ class Sampler:
         # A negative logit is multiplied, for a division would raise it. A token seen twice is penalised once.
         return scores.scatter(0, seen, torch.where(values < 0, values * penalty, values / penalty))
 
-    def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        top_k, top_p = self.options.top_k, self.options.top_p
-        ids = _largest(scores, top_k) if top_k else torch.arange(len(scores))
-        # The maximum is taken off before the division, so that a tiny temperature cannot overflow.
-        weights = ((scores[ids].double() - scores.max().double()) / self.options.temperature).exp()
-        probabilities = weights / weights.sum()
-        if top_p < 1:
-            kept = _nucleus(probabilities, top_p)
-            ids, probabilities = ids[kept], probabilities[kept] / probabilities[kept].sum()
-        return ids, probabilities
+    def _candidates(self, scores: torch.Tensor, best: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Ids that may be drawn (None: all) and their weights, fp32, 1 for the best token.
 
-    def _draw(self, ids: torch.Tensor, probabilities: torch.Tensor) -> int:
-        reached = probabilities.cumsum(0)
+        A weight is e^((score - best) / temperature), off by at most 1e-5 of itself where it is above 1e-30.
+        """
+        ids = _largest(scores, self.options.top_k) if self.options.top_k else None
+        # The maximum is taken off before the division, so that a tiny temperature cannot overflow.
+        scores = scores if ids is None else scores[ids]
+        weights = torch.sub(scores, best, out=self._weights.resize_(len(scores)))
+        weights = weights.div_(max(self.options.temperature, _LEAST_TEMPERATURE)).exp_()
+        if self.options.top_p < 1:
+            kept = _nucleus(weights, self.options.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        return ids, weights
+
+    def _draw(self, weights: torch.Tensor) -> int:
+        reached = torch.cumsum(weights, 0, dtype=torch.float64, out=self._sums.resize_(len(weights)))
         point = torch.rand((), generator=self._random, dtype=torch.float64) * reached[-1]
         # The first sum above the point: a token of probability 0 adds nothing and is never it.
         at = int(torch.searchsorted(reached, point, right=True))
-        return int(ids[at if at < len(ids) else int(probabilities.argmax())])  # the product may round up to the end
+        return at if at < len(weights) else int(weights.argmax())  # the product may round up to the end
 
 
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Positions of the fewest largest probabilities whose sum reaches `top_p`, at least one; by falling probability."""
-    order = _largest(probabilities, _FEW)
-    before = probabilities[order].cumsum(0) - probabilities[order]
-    if before[-1] < top_p and len(order) < len(probabilities):
-        order = _largest(probabilities, len(probabilities))
-        before = probabilities[order].cumsum(0) - probabilities[order]
-    return order[: max(1, int((before < top_p).sum()))]
+def _nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Positions of the fewest largest weights whose share reaches `top_p`, at least one; by falling weight."""
+    total = float(weights.sum(dtype=torch.float64))
+    # All weights below this one together are less than what top-p leaves out.
+    among = (weights >= 0.999 * total * (1 - top_p) / len(weights)).nonzero().flatten()
+    for count in (_FEW, 8 * _FEW, len(among)):
+        order = among[_largest(weights[among], count)]
+        chosen = weights[order]
+        before = chosen.cumsum(0, dtype=torch.float64) - chosen
+        if before[-1] >= top_p * total:
+            break
+    return order[: max(1, int((before < top_p * total).sum()))]
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
