@@ -66,7 +66,7 @@ def add_routing_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add, default = group.add_argument, functools.partial(_help, EngineOptions)
     add("--prior-strength", metavar="X", type=float,
-        help=default("prior_strength", "cache-prior: the bonus of a cached expert, in spreads of the logits"))  # fmt: skip
+        help=default("prior_strength", "cache-prior: bonus of a cached expert, in spreads of logits"))  # fmt: skip
     add("--prior-top-j", metavar="J", type=int,
         help=default("prior_top_j", "cache-prior: so many of the true best get the bonus, too"))  # fmt: skip
     add("--prior-scaling", choices=get_args(Scaling),

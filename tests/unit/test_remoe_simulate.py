@@ -217,7 +217,7 @@ def test_belady_bounds_every_policy(cold: bool) -> None:
         assert misses[-1] == min(misses) < max(misses)
 
 
-CASES = {"lru": "LRU", "fifo": "FIFO", "belady": "Belady"}
+CASES = {"lru": "LRU", "lfu": "LFU", "fifo": "FIFO", "belady": "Belady"}
 
 
 @pytest.mark.parametrize("policy", CASES)
