@@ -31,6 +31,7 @@ from runtime.loader import Loader
 from runtime.machine import describe
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.records import FinishReason, Meter, Recorder, Summary, TokenRecord
+from runtime.replay import ReplayRouter, Steps
 from runtime.router import Router, Routing
 from runtime.router_file import gates_sha256
 from runtime.sampler import Sampler
@@ -192,6 +193,15 @@ class Engine:
         changes = {f"prior_{field}": value for field, value in facts.items()}
         self.options = replace(self.options, router=name, routing="cache-prior" if prior else "stock", **changes)
 
+    def replay(self, steps: Steps) -> None:
+        """Route as recorded, from the first token of the next sequence on; `use_router` ends it.
+
+        Raises UsageError for steps of a model of another shape; a sequence that goes on after them raises it, too.
+        """
+        router = ReplayRouter(self.router, self.config, steps, self._backend.device)
+        self.use_router(self.options.router)
+        self.decoder.router = router
+
     def _routing(self, router: Router, prior: CachePrior | None) -> Routing:
         return CachePriorRouter(router, self._cache, prior) if prior is not None else router
 
@@ -302,7 +312,9 @@ class Engine:
             "arithmetic": self._backend.arithmetic,
             "dtype": self.dtype_name,
             "router": self.options.router,
-            "routing": str(self.options.prior or "stock"),
+            "routing": "replay"
+            if isinstance(self.decoder.router, ReplayRouter)
+            else str(self.options.prior or "stock"),
             "policy": self.options.policy,
             "scope": self.options.scope,
             "slots_per_layer": self.slots.per_layer,
