@@ -26,6 +26,14 @@ Options = TypeVar("Options", EngineOptions, GenerateOptions)
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """How the bundle is run."""
+    run = add_setup_arguments(parser)
+    run.add_argument("--router", metavar="R", help=_help(EngineOptions, "router", "router file, by name or path"))
+    add_routing_arguments(run)
+    run.add_argument("--record", metavar="FILE.jsonl", type=Path, help="write one JSON line per token")
+
+
+def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How the bundle is opened, whatever routes it; returns the last group."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle made by edge export")
     cache = parser.add_argument_group("expert cache")
     size = cache.add_mutually_exclusive_group()
@@ -50,12 +58,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("model")
     run.add_argument("--backend", choices=get_args(BackendName), help=_help(EngineOptions, "backend", "who computes"))
     run.add_argument("--dtype", choices=["auto", *DTYPES], help=_help(EngineOptions, "dtype", "compute precision"))
-    run.add_argument("--router", metavar="R", help=_help(EngineOptions, "router", "router file, by name or path"))
-    add_routing_arguments(run)
     run.add_argument("--context", metavar="N", type=int,
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
     run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
-    run.add_argument("--record", metavar="FILE.jsonl", type=Path, help="write one JSON line per token")
+    return run
 
 
 def add_routing_arguments(group: argparse._ArgumentGroup) -> None:
@@ -64,6 +70,11 @@ def add_routing_arguments(group: argparse._ArgumentGroup) -> None:
         "--routing", choices=["stock", "cache-prior"],
         help="cache-prior: prefer experts that are in the cache; changes what comes out (default: stock)",
     )  # fmt: skip
+    add_prior_arguments(group)
+
+
+def add_prior_arguments(group: argparse._ArgumentGroup) -> None:
+    """How cached experts are preferred."""
     add, default = group.add_argument, functools.partial(_help, EngineOptions)
     add("--prior-strength", metavar="X", type=float,
         help=default("prior_strength", "cache-prior: bonus of a cached expert, in spreads of logits"))  # fmt: skip
