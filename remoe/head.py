@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-_CHUNK = 256
+_CHUNK = 128  # tokens; logits of a chunk are walked through several times and should stay near the core
 
 
 @dataclass(frozen=True)

@@ -215,19 +215,25 @@ class _Run:
 @contextmanager
 def _train_mode(model: Any, options: TuneOptions) -> Iterator[None]:
     """Without dropout; with gradient checkpointing where wanted, which transformers does in training mode alone."""
-    was_training, checkpointed = model.training, model.is_gradient_checkpointing
+    was_training = model.training
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     active = [n for n, m in model.named_modules() if getattr(m, "attention_dropout", 0) or getattr(m, "p", 0)]
     if options.gradient_checkpointing and active:
         raise UsageError(f"the model has dropout ({active[0]}), which tuning must not have: set it to 0 in config.json")
     model.train(options.gradient_checkpointing)
     if options.gradient_checkpointing and not checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable", {"use_reentrant": False})
     try:
         yield
     finally:
         if options.gradient_checkpointing and not checkpointed:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")
         model.train(was_training)
+
+
+def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
+    newer, older = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"  # renamed in transformers 5
+    getattr(model, newer if hasattr(model, newer) else older)(*arguments)
 
 
 @contextmanager
