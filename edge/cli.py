@@ -32,6 +32,7 @@ COMMANDS = {
     "calibrate": "measure this machine into a device profile",
     "trace": "record which experts every token is sent to",
     "simulate": "replay recorded routing through caches of any size and policy",
+    "eval": "judge routers: quality against the stock router, and what they read",
     "forecast": "tell from a config whether a model fits a board, and how fast it can be at best",
     "profile": "measure tokens over a workload, with power and temperature beside them",
     "report": "turn runs of edge profile into one HTML page",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,25 +89,26 @@ def _rows(
     path: Path, trace: Trace, args: argparse.Namespace, prior: CachePrior | None, rate: float | None,
     progress: console.Progress,
 ) -> list[Row]:  # fmt: skip
-    found, sizes = [], args.slots or default_slots(trace)
+    found, sizes = [], args.slots or default_slots(trace.info.top_k, trace.info.num_experts)
     if args.scope == "shared" and not args.slots:
         sizes = [slots * len(trace.info.moe_layers) for slots in sizes]
     for done, slots in enumerate(sizes, 1):
-        best = simulate(trace, _setting(args, BELADY, slots, None))
+        best = simulate(trace, _setting(args, BELADY, slots, None)) if prior is None else None
         for policy in args.policy:
-            if policy == BELADY and prior is not None:
-                continue  # it bounds the recorded routing only
-            result = best if policy == BELADY else simulate(trace, _setting(args, policy, slots, prior))
+            if policy == BELADY and best is None:
+                continue  # it must know what will be asked for
+            result = best if policy == BELADY and best else simulate(trace, _setting(args, policy, slots, prior))
             drive_ms = None if rate is None else 1000 * result.bytes_per_token / rate
             routing = str(prior or trace.info.routing)
-            found.append(Row(path.name, routing, policy, slots, result, share_of_optimum(result, best), drive_ms))
+            asked = replace(trace, experts=result.experts)
+            optimum = best or simulate(asked, _setting(args, BELADY, slots, None))
+            found.append(Row(path.name, routing, policy, slots, result, share_of_optimum(result, optimum), drive_ms))
         progress.update(path.name, done, len(sizes))
     return found
 
 
-def default_slots(trace: Trace) -> list[int]:
+def default_slots(top_k: int, experts: int) -> list[int]:
     """Sizes per layer that tell most of the story: as small as can be, twice that, half of all, nearly all."""
-    top_k, experts = trace.info.top_k, trace.info.num_experts
     sizes = {top_k, round(_TIGHT * top_k), 2 * top_k, experts // 2, round(_NEAR_FIT * experts)}
     return sorted(size for size in sizes if top_k <= size <= experts)
 

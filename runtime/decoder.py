@@ -65,6 +65,16 @@ class Decoder:
         size = prefill_chunk(self._config)
         return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in token_ids.split(size)])
 
+    @torch.inference_mode()
+    def states(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Like `forward`, but what the head would see after every token: [S, H] fp32."""
+        return torch.cat([self._forward_chunk(chunk) for chunk in token_ids.split(prefill_chunk(self._config))])
+
+    @torch.inference_mode()
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` [S, H] to logits [S, V] fp32."""
+        return self._backend.run_head(states)
+
     def shared_prefix(self, token_ids: Sequence[int]) -> int:
         """How many of `token_ids` from the start are in the KV cache already, the last one never counted."""
         pairs = zip(self._tokens, token_ids[:-1], strict=False)

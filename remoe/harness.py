@@ -1,0 +1,168 @@
+"""Tasks of lm-evaluation-harness on the engine itself: quality of what really runs, cache and router included.
+
+A context is read at once, as a prompt is; with cache-prior routing the tokens after it are read one by one, as decode
+does, so the rule acts on them. Contexts that are too long lose their beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.engine import Engine, GenerateOptions
+from runtime.errors import EdgeError, UsageError
+
+_ANSWER_TOKENS = 256  # where a task does not say how long an answer may be
+_INSTALL = 'tasks need lm-evaluation-harness: pip install "remoe-edge[eval]"'
+
+
+def run_tasks(
+    engine: Engine, tasks: Sequence[str], limit: int | None = None, folder: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Metric by name by task. `limit`: examples of each; `folder` has task files beside those of the harness.
+
+    Raises UsageError when the harness is not installed or knows no such task, EdgeError when it fails.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UsageError(_INSTALL) from None
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: expected at least 1")
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}: lm_eval --tasks list"
+        )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=make_model(engine), tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0,
+            verbosity="ERROR",
+        )  # fmt: skip
+    except EdgeError:
+        raise
+    except Exception as error:  # the harness and the data sets behind it raise anything
+        raise EdgeError(f"lm-evaluation-harness: {type(error).__name__}: {error}") from error
+    return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def make_model(engine: Engine) -> Any:
+    """The engine as a model of the harness (lm_eval.api.model.LM). Raises UsageError without the harness."""
+    try:
+        from lm_eval.api.model import LM
+    except ImportError:
+        raise UsageError(_INSTALL) from None
+
+    class EdgeModel(LM):  # type: ignore[misc]
+        """Hands every request to a `Scorer`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._scorer = Scorer(engine)
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return [self._scorer.continuation(*request.args) for request in requests]
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            return [self._scorer.whole(*request.args) for request in requests]
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return [self._scorer.answer(*request.args) for request in requests]
+
+    return EdgeModel()
+
+
+class Scorer:
+    """Log-likelihoods and answers of an engine, texts in."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises UsageError for a bundle without tokenizer."""
+        if engine.tokenizer is None:
+            raise UsageError(f"{engine.bundle.path} has no tokenizer: tasks are made of texts")
+        self._engine, self._tokenizer = engine, engine.tokenizer
+
+    def continuation(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of `continuation` after `context`, and whether greedy decoding would say it."""
+        ids, start = self._split(context, continuation)
+        return self._score(ids, start)
+
+    def whole(self, text: str) -> float:
+        """Log-likelihood of a text; one longer than the context is read in windows, each token scored once."""
+        ids = self._engine.encode(text)
+        if self._start() is not None and ids[0] != self._start():
+            ids = [self._start(), *ids]  # type: ignore[list-item]
+        total, at, size = 0.0, 1, self._engine.context
+        while at < len(ids):
+            end = min(len(ids), max(at, 1) + size - 1)
+            first = at - 1  # the token before is what the first one is predicted from
+            total += self._score(ids[first:end], 1)[0]
+            at = end
+        return total
+
+    def answer(self, context: str, settings: dict[str, Any]) -> str:
+        """What is generated after `context` until one of the settings' `until`."""
+        until = settings.get("until") or []
+        stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+        longest = int(settings.get("max_gen_toks") or _ANSWER_TOKENS)
+        new = min(longest, self._engine.context - 1)
+        temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
+        ids = self._engine.encode(context)[-(self._engine.context - new) :]
+        options = GenerateOptions(new, temperature=temperature, top_p=float(settings.get("top_p") or 1.0), stop=stops)
+        for _ in self._engine.generate(ids, options):
+            pass
+        return self._engine.summary().text
+
+    def _start(self) -> int | None:
+        return self._engine.config.bos_token_id
+
+    def _split(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Ids of both, cut to the engine's context from the left, and where the continuation starts.
+
+        A blank between the two belongs to the continuation, whose first token holds it.
+        """
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        before = self._engine.encode(bare) if bare else [self._first_token()]
+        whole = self._engine.encode(bare + continuation) if bare else [*before, *self._plain(continuation)]
+        start = min(len(before), len(whole) - 1)
+        cut = max(0, len(whole) - self._engine.context)
+        if start - cut < 1:
+            raise UsageError(f"a continuation of {len(whole) - start} tokens does not fit the context: use --context")
+        return whole[cut:], start - cut
+
+    def _plain(self, text: str) -> list[int]:
+        ids = self._engine.encode(text)
+        return ids[1:] if ids[0] == self._start() and len(ids) > 1 else ids
+
+    def _first_token(self) -> int:
+        start = self._start()
+        if start is not None:
+            return start
+        ends = self._engine.config.eos_token_ids
+        if not ends:
+            raise UsageError("this model has neither a begin nor an end token, so a text without context has no score")
+        return ends[0]
+
+    @torch.inference_mode()
+    def _score(self, ids: Sequence[int], start: int) -> tuple[float, bool]:
+        """Log-likelihood of ids[start:] given those before, and whether each is the best token."""
+        decoder, stepwise = self._engine.decoder, self._engine.options.prior is not None
+        decoder.rewind()
+        inputs = torch.tensor(ids[:-1])
+        parts = [inputs[:start], *inputs[start:].split(1)] if stepwise else [inputs]
+        states = torch.cat([decoder.states(part) for part in parts if len(part)])
+        targets = torch.tensor(ids[start:])
+        log_p = decoder.head(states[start - 1 :]).cpu().double().log_softmax(-1)
+        likelihood = float(log_p.gather(-1, targets[:, None]).sum())
+        return likelihood, bool((log_p.argmax(-1) == targets).all())
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Metrics without their filter's name ("acc,none") where that says nothing."""
+    found = {name.removesuffix(",none"): value for name, value in values.items() if "_stderr" not in name}
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
