@@ -19,6 +19,7 @@ import torch
 
 from runtime import backends
 from runtime.arena import Arena
+from runtime.backends.base import Backend
 from runtime.budget import plan_run
 from runtime.bundle import Bundle
 from runtime.cache import ExpertCache
@@ -121,6 +122,16 @@ class Engine:
     def expert_budget_bytes(self) -> int:
         """Size of the arena."""
         return self._arena.size_bytes
+
+    @property
+    def backend(self) -> Backend:
+        """Who computes; to be timed apart from the engine, never while a token is in work."""
+        return self._backend
+
+    @property
+    def slot_tensors(self) -> list[torch.Tensor]:
+        """The arena's slots as fp16 values, whatever is in them."""
+        return self._arena.tensors
 
     @property
     def gates_sha256(self) -> str:
