@@ -23,12 +23,14 @@ from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from demo.distill.mixture import Mixture
+    from demo.distill.network import Network
 
 Double = npt.NDArray[np.float64]
 
 MIXTURE_FILE = Path(__file__).with_name("mixture.safetensors")
 
 _GRID = 65536.0
+_TRAINED = ("gate", "in_a", "in_b", "out_a", "out_b")
 _LIMIT = 8.0  # a change's factor above this would cost the exactness: 2 * (3 + 16) + 5 bits of a sum are 43 of 53
 _DTYPES = {"shared": "int16", "experts": "int16", "gate": "float16", "scale": "float32"} | dict.fromkeys(
     ("in_a", "in_b", "out_a", "out_b"), "float16"
@@ -112,6 +114,24 @@ def pack(mixtures: list[Mixture]) -> Packed:
         scale=np.array([np.exp(m.log_scale.item()) for m in mixtures], np.float32),
         **changes,
     )
+
+
+def unpacked(network: Network, packed: Packed) -> list[Mixture]:
+    """The layers as they were packed, to train on or to measure."""
+    import torch
+
+    from demo.distill.mixture import Mixture
+    from demo.distill.split import Split
+
+    mixtures = []
+    for number, layer in enumerate(network.layers):
+        tensors = {n: torch.from_numpy(getattr(packed, n)[number].astype(np.float32)) for n in _TRAINED}
+        shared, experts = (torch.from_numpy(a[number].astype(np.int64)) for a in (packed.shared, packed.experts))
+        scale = torch.tensor(float(np.log(packed.scale[number])))
+        mixture = Mixture(layer, Split(shared, experts), tensors["gate"], float(scale), rank=packed.in_a.shape[1])
+        mixture.load_state_dict(tensors | {"log_scale": scale})
+        mixtures.append(mixture)
+    return mixtures
 
 
 def _on_grid(values: npt.NDArray[np.generic], name: str) -> Half:

@@ -5,7 +5,8 @@
 3. All layers together learn the dense model's next-token distribution, by the clock.
 4. The result is packed into mixture.safetensors, from which `demo.build` makes the checkpoint.
 
-A stage whose file is there already is not run again. Needs the extra "test"; about 100 minutes on two cores.
+A stage whose file is there already is not run again; the third goes on from the last save. Needs the extra "test";
+about 100 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from demo.distill.distil import DistilOptions, distil
 from demo.distill.local import LocalOptions, feed_forward_inputs, fit_layers
 from demo.distill.mixture import Mixture
 from demo.distill.network import Network
-from demo.distill.pack import pack
+from demo.distill.pack import Packed, pack, unpacked
 from demo.distill.selfwrite import write_chats
 from demo.distill.split import Split
 from demo.distill.student import Student
@@ -55,16 +56,21 @@ def train(source: DenseSource, download: Path, out: Path, minutes: float) -> Non
         "rows"
     ]
     layers = _stage(out / "local.safetensors", lambda: _first_stage(network, chats, texts))
-    mixtures = [_restored(network, number, layers) for number in range(len(network.layers))]
+    result = out / "mixture.safetensors"
+    if result.exists():
+        _say(f"going on from {result}")
+        mixtures = unpacked(network, Packed.load(result))
+    else:
+        mixtures = [_restored(network, number, layers) for number in range(len(network.layers))]
     torch.manual_seed(1)
     rows = torch.cat([chats, texts[torch.randperm(len(texts))[: len(chats) + 20]]])
     student = Student(network, mixtures)
 
     def save() -> None:
-        pack(mixtures).save(out / "mixture.safetensors")
+        pack(mixtures).save(result)
 
     tokens = distil(student, rows[torch.randperm(len(rows))], DistilOptions(minutes), out / "distil.jsonl", save)
-    _say(f"{out / 'mixture.safetensors'}: {tokens} tokens in {minutes:.0f} minutes")
+    _say(f"{result}: {tokens} tokens in {minutes:.0f} minutes")
 
 
 def _writer(network: Network, tokenizer: Any, number: int) -> Callable[[], Tensors]:
