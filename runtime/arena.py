@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import mmap
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from runtime.errors import BudgetError
+
+
+class Slots(Protocol):
+    """What the cache needs of an arena, on whatever device: memory for the disk to fill, tensors to compute with, and
+    to be told what happens to a slot, because a GPU may be behind.
+    """
+
+    slots: int
+    size_bytes: int
+    views: list[memoryview]
+    tensors: list[torch.Tensor]
+
+    def begin_write(self, slot: int) -> None:
+        """The slot is about to be overwritten: waits for whatever still reads it."""
+        ...
+
+    def landed(self, slot: int) -> None:
+        """The slot's new bytes are there and right."""
+        ...
+
+    def used(self, slot: int) -> None:
+        """The slot has been given to the arithmetic, which may not have begun."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
 
 
 class Arena:
@@ -32,3 +60,15 @@ class Arena:
         self.slots = slots
         self.views = [view[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)]
         self.tensors = [whole[i * slot_bytes // 2 : i * slot_bytes // 2 + value_bytes // 2] for i in range(slots)]
+
+    def begin_write(self, slot: int) -> None:
+        """Nothing to wait for: the CPU has done what it returned from."""
+
+    def landed(self, slot: int) -> None:
+        """The arithmetic sees the slot as it is."""
+
+    def used(self, slot: int) -> None:
+        """It has been computed already."""
+
+    def close(self) -> None:
+        """The memory goes with the last view of it."""

@@ -17,8 +17,8 @@ from typing import Literal
 
 import torch
 
-from runtime.arena import Arena
-from runtime.errors import ReadError
+from runtime.arena import Slots
+from runtime.errors import EdgeError, ReadError
 from runtime.loader import Load, Loader
 from runtime.policies import Policy, make_policy
 
@@ -113,7 +113,7 @@ class Pool:
 class ExpertCache:
     """Slots of an arena over the MoE layers of a model."""
 
-    def __init__(self, moe_layers: Sequence[int], arena: Arena, loader: Loader, policy: str, scope: Scope) -> None:
+    def __init__(self, moe_layers: Sequence[int], arena: Slots, loader: Loader, policy: str, scope: Scope) -> None:
         self._arena = arena
         self._loader = loader
         self._position = {layer: i for i, layer in enumerate(moe_layers)}
@@ -172,7 +172,7 @@ class Request:
     """Experts of one layer on their way to the caller; made by ExpertCache.fetch."""
 
     pool: Pool
-    arena: Arena
+    arena: Slots
     loader: Loader
     stats: CacheStats
     position: int
@@ -199,20 +199,16 @@ class Request:
         self.stats.missed[self.position] += self._waiting
         try:
             self._issue()
-        except ReadError:
+        except EdgeError:
             self.__exit__()
             raise
         return self
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         while self._ready:
-            expert, slot = self._ready.popleft()
-            yield expert, self.arena.tensors[slot]
-            self._release(expert)
+            yield from self._hand_out(*self._ready.popleft())
         while self._outstanding:
-            expert, slot = self._land()
-            yield expert, self.arena.tensors[slot]
-            self._release(expert)
+            yield from self._hand_out(*self._land())
         assert not self._waiting, "a request ran out of slots with nothing pinned"
 
     def __exit__(self, *_: object) -> None:
@@ -226,6 +222,13 @@ class Request:
             if (self.layer, expert) in self.pool.resident:
                 self.pool.unpin((self.layer, expert))
 
+    def _hand_out(self, expert: int, slot: int) -> Iterator[tuple[int, torch.Tensor]]:
+        try:
+            yield expert, self.arena.tensors[slot]
+        finally:  # also when the caller gives up: a GPU may have been asked to read the slot
+            self.arena.used(slot)
+        self._release(expert)
+
     def _issue(self) -> None:
         """Start as many of the waiting reads as there are slots for."""
         while self._waiting:
@@ -237,8 +240,9 @@ class Request:
             self.stats.evictions += evicted
             self._waiting.popleft()
             try:
+                self.arena.begin_write(slot)
                 self.loader.submit(*key, self.arena.views[slot], self._done)
-            except ReadError:
+            except EdgeError:
                 self.pool.drop(key)
                 raise
             self._outstanding += 1
@@ -267,4 +271,6 @@ class Request:
         if load.error:
             self.pool.drop(key)
             raise load.error
-        return load.expert, self.pool.publish(key)
+        slot = self.pool.publish(key)
+        self.arena.landed(slot)
+        return load.expert, slot

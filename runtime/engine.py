@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from runtime import backends
-from runtime.arena import Arena
 from runtime.backends.base import Backend
+from runtime.bounce import reachable
 from runtime.budget import plan_run
 from runtime.bundle import Bundle
 from runtime.cache import ExpertCache
@@ -36,7 +36,7 @@ from runtime.replay import ReplayRouter, Steps
 from runtime.router import Router, Routing
 from runtime.router_file import gates_sha256
 from runtime.sampler import Sampler
-from runtime.storage import ExpertStorage
+from runtime.storage import ExpertStorage, Storage
 from runtime.stream import StreamDecoder
 from runtime.text import Tokenizer
 
@@ -77,11 +77,11 @@ class Engine:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._threads = torch.get_num_threads()
-        self.backend_name, reason = backends.choose(options.backend)
+        self.context = _context(bundle, options, self.notes)
+        self.backend_name, reason = backends.choose(options.backend, bundle, self.context)
         if options.backend == "auto":
             self.notes.append(f"back-end {reason}")
         self.dtype_name = "fp16" if options.dtype == "auto" else options.dtype
-        self.context = _context(bundle, options, self.notes)
         self.slots, self.plan = plan_run(
             bundle, options, self.backend_name, DTYPES[self.dtype_name], self.context, self.notes
         )
@@ -184,13 +184,15 @@ class Engine:
         return {
             **asdict(self.summary()),
             "expert_budget_bytes": self.expert_budget_bytes,
-            **self._settings(),
+            **self.settings(),
         }
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits [S, V] fp32 after every token of a fresh sequence (teacher forcing), on the CPU."""
         self.decoder.rewind()
-        return self.decoder.forward_all(torch.tensor(self.encode(token_ids))).cpu()
+        ids = self.encode(token_ids)
+        with self._backend.step(len(ids)):
+            return self.decoder.forward_all(torch.tensor(ids)).cpu()
 
     def use_router(self, name: str, prior: CachePrior | None = None) -> None:
         """Route with another router of this model from here on; with a prior, towards what is in the cache.
@@ -235,20 +237,34 @@ class Engine:
         if not options.direct_io:
             self.notes.append("reads: buffered, as asked for with --no-direct-io")
         with torch.inference_mode():
-            backend = self._backend = backends.create(self.backend_name, bundle, dtype)
+            backend = self._backend = backends.create(self.backend_name, bundle, dtype, self.context)
             self.router = Router.load(bundle, options.router, backend.device)
         if backend.name == "torch" and self.dtype_name == "fp16" and backend.arithmetic == "torch":
             self.notes.append(
                 "arithmetic: torch alone, slower than the compiled kernel: install a C compiler, then the package again"
             )
-        self._arena = Arena(self.slots.total, layout.file_bytes, layout.bytes)
-        self._loader = Loader(self._storage, bundle.blob_checksums(), layout.file_bytes, options.read_threads)
-        self._stack.callback(self._loader.close)
+        self._arena = backend.allocate_slots(self.slots.total, layout.file_bytes, layout.bytes)
+        self._loader = Loader(self._reader(), bundle.blob_checksums(), layout.file_bytes, options.read_threads)
+        self._stack.callback(self._close_loader)
         self._cache = ExpertCache(self.config.moe_layers, self._arena, self._loader, options.policy, options.scope)
         kv_cache = KVCache(self.config, self.context, dtype, backend.device)
         self.decoder = Decoder(self.config, backend, self._routing(self.router, options.prior), self._cache, kv_cache)
         self._recorder = Recorder(options.record)
         self._stack.callback(self._recorder.close)
+
+    def _reader(self) -> Storage:
+        """The blobs' storage, through a buffer where the disk cannot fill the slots itself."""
+        if self._backend.device.type == "cpu":
+            return self._storage
+        storage, note = reachable(self._storage, (self.config.moe_layers[0], 0), self._arena.views[0])
+        self.notes += [note] if note else []
+        return storage
+
+    def _close_loader(self) -> None:
+        """The threads end, and then the memory that they read into goes; a read that hangs keeps it."""
+        self._loader.close()
+        if not self._loader.dead:
+            self._arena.close()
 
     def _generate(self, ids: list[int], options: GenerateOptions, sampler: Sampler, begin: int) -> Tokens:
         stream = self.tokenizer.stream(options.stop) if self.tokenizer else None
@@ -315,7 +331,8 @@ class Engine:
                 f"{self.context}: shorten them, or use --context (this model allows {self.config.max_context})"
             )
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """How the engine was opened, as resolved, and what routes now."""
         return {
             "model": self.bundle.manifest.source.name,
             "source_fingerprint": self.bundle.manifest.source.fingerprint,
@@ -339,7 +356,7 @@ class Engine:
 
     def _header(self, prompt_tokens: int, options: GenerateOptions) -> dict[str, Any]:
         return {
-            **self._settings(),
+            **self.settings(),
             "bundle": str(self.bundle.path),
             "cache": "warm" if self._warm else "cold",
             "prompt_tokens": prompt_tokens,

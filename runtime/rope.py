@@ -12,7 +12,9 @@ from runtime.config import RopeConfig
 class RopeTable:
     """cos and sin of the positions asked for; the last answer is kept, because every layer of a step asks the same."""
 
-    def __init__(self, config: RopeConfig) -> None:
+    def __init__(self, config: RopeConfig, device: torch.device | str = "cpu") -> None:
+        """Rows are computed on the CPU, so that every device turns by the same numbers, and lie on `device`."""
+        self._device = device
         self._frequencies = inverse_frequencies(config)
         factor = torch.ones(config.dim // 2)
         factor[: config.turning_pairs] = config.attention_factor  # what passes keeps its size
@@ -26,7 +28,8 @@ class RopeTable:
             angles = torch.outer(torch.arange(start, start + count, dtype=torch.float32), self._frequencies)
             angles = torch.cat([angles, angles], dim=-1)
             self._range = (start, count)
-            self._rows = angles.cos() * self._factor, angles.sin() * self._factor
+            rows = angles.cos() * self._factor, angles.sin() * self._factor
+            self._rows = rows[0].to(self._device), rows[1].to(self._device)
         return self._rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import UsageError
@@ -12,20 +13,21 @@ if TYPE_CHECKING:
     from runtime.backends.base import Backend
     from runtime.bundle import Bundle
 
-BackendName = Literal["auto", "torch", "onnxruntime", "tensorrt"]
+BackendName = Literal["auto", "torch", "onnxruntime", "cuda", "tensorrt"]
+_ON_CPU = "torch: the default on a CPU"
 
 
-def choose(name: str) -> tuple[str, str]:
-    """The back-end that `name` stands for, and the reason in words. Raises UsageError for what cannot run here."""
+def choose(name: str, bundle: Bundle | None = None, context: int = 1) -> tuple[str, str]:
+    """The back-end that `name` stands for, and the reason in words. Raises UsageError for an unknown name.
+
+    `auto` is TensorRT where the engines of `bundle` for `context` tokens are built, else torch on a GPU that has run a
+    kernel, else torch on the CPU.
+    """
     if name == "auto":
-        return "torch", "torch: the default on a CPU"
-    if name == "tensorrt":
-        raise UsageError(
-            "the TensorRT back-end is not part of this release: use --backend torch or --backend onnxruntime"
-        )
-    if name in ("torch", "onnxruntime"):
+        return _automatic(bundle, context)
+    if name in ("torch", "onnxruntime", "cuda", "tensorrt"):
         return name, f"{name}: asked for"
-    raise UsageError(f"unknown back-end {name!r} (known: auto, torch, onnxruntime, tensorrt)")
+    raise UsageError(f"unknown back-end {name!r} (known: auto, torch, onnxruntime, cuda, tensorrt)")
 
 
 def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
@@ -34,17 +36,56 @@ def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend.weight_bytes(bundle, dtype)
+    if name == "tensorrt":
+        from runtime.backends.tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend.weight_bytes(bundle, dtype)
     from runtime.backends.torch_backend import TorchBackend
 
     return TorchBackend.weight_bytes(bundle, dtype)
 
 
-def create(name: str, bundle: Bundle, dtype: torch.dtype) -> Backend:
-    """Load the dense weights into a back-end chosen by `choose`."""
+def create(name: str, bundle: Bundle, dtype: torch.dtype, context: int = 1) -> Backend:
+    """Load the dense weights into a back-end chosen by `choose`, for a run over `context` tokens.
+
+    Raises UsageError where what it needs is missing.
+    """
     if name == "onnxruntime":
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(bundle, dtype)
+    if name == "tensorrt":
+        from runtime.backends.tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend(bundle, dtype, context)
+    if name == "cuda":
+        from runtime.backends.cuda_backend import CudaBackend
+
+        return CudaBackend(bundle, dtype)
     from runtime.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, dtype)
+
+
+def has_nvidia_gpu(root: Path = Path("/")) -> bool:
+    """Whether the kernel shows an NVIDIA GPU, discrete or of a Jetson, whatever software there is for it."""
+    return any((root / name).exists() for name in ("dev/nvidia0", "dev/nvhost-gpu", "proc/driver/nvidia/version"))
+
+
+def _automatic(bundle: Bundle | None, context: int) -> tuple[str, str]:
+    if not has_nvidia_gpu():  # answers at once: libraries of a GPU take seconds to load
+        return "torch", _ON_CPU
+    from runtime.cuda.device import open_device
+
+    try:
+        gpu = open_device().cuda.gpu.name
+    except UsageError as error:
+        return "torch", f"{_ON_CPU}; there is a GPU, but {error}"
+    if bundle is None:
+        return "cuda", f"cuda: torch computes on {gpu}"
+    from runtime.backends.tensorrt_backend import ready
+
+    try:
+        return "tensorrt", f"tensorrt: {ready(bundle, context)}"
+    except UsageError as error:
+        return "cuda", f"cuda: torch computes on {gpu}; not tensorrt: {error}"

@@ -25,11 +25,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class Attention:
     """Attention of any layer of one model; the weights are given with the call."""
 
-    def __init__(self, config: ModelConfig, products: Products) -> None:
+    def __init__(self, config: ModelConfig, products: Products, device: torch.device | str = "cpu") -> None:
         self._products = products
         self._config: AttentionConfig = config.attention
         self._norm_eps = config.norm_eps
-        self._rope = RopeTable(config.rope)
+        self._rope = RopeTable(config.rope, device)
 
     def __call__(self, weights: Weights, layer: int, h: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Normed input h [S, H] to the attention's output [S, H], before the residual."""
@@ -59,7 +59,7 @@ class Attention:
             q.transpose(0, 1)[None],
             cache.keys[layer, :end].transpose(0, 1)[None],
             cache.values[layer, :end].transpose(0, 1)[None],
-            attn_mask=causal_mask(count, end) if count > 1 else None,
+            attn_mask=causal_mask(count, end, h.device) if count > 1 else None,
             scale=a.scale,
             enable_gqa=a.num_heads != a.num_kv_heads,
         )
@@ -86,11 +86,12 @@ class Attention:
         q_rope = rotate(q_rope, cos, sin).transpose(0, 1).flatten(0, 1)
         scores = torch.addmm(torch.mm(q_rope, rope_keys.T), q_latent, latents.T).float()
         if count > 1:
-            scores = scores.unflatten(0, (-1, count)).masked_fill(~causal_mask(count, end), float("-inf")).flatten(0, 1)
+            hidden = ~causal_mask(count, end, h.device)
+            scores = scores.unflatten(0, (-1, count)).masked_fill(hidden, float("-inf")).flatten(0, 1)
         mixed = torch.mm(scores.softmax(-1).to(h.dtype), latents).unflatten(0, (-1, count))  # [nh, S, c]
         return torch.matmul(mixed, weights["v_b"].transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def causal_mask(count: int, end: int) -> torch.Tensor:
+def causal_mask(count: int, end: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Which of the `end` rows each of the last `count` tokens may see: bool [count, end]."""
-    return torch.ones(count, end, dtype=torch.bool).tril(end - count)
+    return torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from runtime.arena import Slots
 from runtime.kv_cache import KVCache
 
 
@@ -51,6 +52,13 @@ class Backend(Protocol):
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and vocabulary projection: x [S, H] to logits [S, V] fp32."""
+        ...
+
+    def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
+        """Memory for experts: `slots` of `slot_bytes` (whole pages), of which `value_bytes` are values.
+
+        Raises BudgetError when it cannot be had.
+        """
         ...
 
     def synchronise(self) -> None:

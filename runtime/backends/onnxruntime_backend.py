@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
+from runtime.arena import Arena, Slots
 from runtime.bundle import Bundle
 from runtime.dense import load_tensors
 from runtime.errors import BundleError, EdgeError, UsageError
@@ -122,6 +123,9 @@ class OnnxRuntimeBackend:
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """x [S, H] to logits [S, V] fp32."""
         return _run(self._head, ("logits",), {"x": x.numpy()})[0]
+
+    def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
+        return Arena(slots, slot_bytes, value_bytes)
 
     def synchronise(self) -> None:
         """Nothing to wait for: a session returns when it is done."""

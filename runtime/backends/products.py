@@ -24,11 +24,13 @@ FEW_ROWS = 8  # up to here a product is bound by reading the weights, and the ke
 class Products:
     """Products with weights [out, in] in one compute dtype."""
 
-    def __init__(self, dtype: torch.dtype, activation: str) -> None:
+    def __init__(self, dtype: torch.dtype, activation: str, compiled: bool = True) -> None:
+        """`compiled`: take the compiled kernel where there is one, which computes on the CPU only."""
         self._dtype = dtype
         self._activation = _ACTIVATIONS[activation]
+        wanted = compiled and dtype == torch.float16
         #: What computes products of a few rows; None where it is torch.
-        self.kernel = native.load(torch.get_num_threads()) if dtype == torch.float16 else None
+        self.kernel = native.load(torch.get_num_threads()) if wanted else None
         self._gated_kernel = self.kernel if activation == "silu" else None
 
     def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

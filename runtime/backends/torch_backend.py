@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from runtime.arena import Arena, Slots
 from runtime.backends.attention import Attention, rms_norm
 from runtime.backends.block import CompiledBlock, suits
 from runtime.backends.products import FEW_ROWS, Products
@@ -89,6 +90,9 @@ class TorchBackend:
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(x, self._norm, self._config.norm_eps).to(self.dtype)
         return self._products.linear_fp32(normed, self._head) * self._config.logits_scale
+
+    def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
+        return Arena(slots, slot_bytes, value_bytes)
 
     def synchronise(self) -> None:
         """Nothing to wait for: CPU calls return when they are done."""
