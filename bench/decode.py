@@ -9,7 +9,6 @@ resident, the engine's read rate over the best raw one, and what a prefill of 51
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from bench.common import GB, MB, conclude, run_main, say, set_threads
 from bench.disk import MIB, THREADS, blob_files, measure_reads
 from bench.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.bandwidth import measure_bandwidth
+from profiles.random_model import decode_random, random_ids
 from runtime import backends
 from runtime.bundle import Bundle
 from runtime.engine import Engine, EngineOptions, GenerateOptions
@@ -31,7 +31,6 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
-_PROMPT_TOKENS = 16
 _READ_BYTES = 192 * MIB
 
 
@@ -94,19 +93,6 @@ class Setting:
     parts: PartCosts
 
 
-def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
-    """Token ids drawn at random: a random model repeats itself less after them."""
-    generator = random.Random(seed)
-    return [generator.randrange(vocab_size) for _ in range(count)]
-
-
-def decode(engine: Engine, tokens: int, seed: int) -> list[TokenRecord]:
-    """Records of the decode steps after a short random prompt, the first (cold) few left out."""
-    prompt = random_ids(engine.config.vocab_size, _PROMPT_TOKENS, seed)
-    options = GenerateOptions(max_new_tokens=tokens, temperature=1.0, seed=seed, ignore_eos=True)
-    return [token.record for token in engine.generate(prompt, options)][4:]
-
-
 def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots: int) -> Setting:
     """Ceilings and decode in turn, `rounds` times. Raises BudgetError when the cache does not fit."""
     settings = EngineOptions(
@@ -148,7 +134,7 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
 def _round(engine: Engine, parts: Parts, tokens: int, seed: int) -> Round:
     raw = measure_reads(blob_files(engine.bundle.path), _READ_BYTES, rounds=1, threads=THREADS[1:]).best
     memory, costs = measure_bandwidth().best, parts.measure()
-    records = decode(engine, tokens, seed)
+    records = decode_random(engine, tokens, seed)
     floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
     return Round(records, costs, raw, memory, floor, active_bytes(engine.config) / memory)
 

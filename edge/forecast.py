@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edge import console
 from profiles.device import Device, device_names, load_device
-from profiles.forecast import Forecast, Point, assumptions, forecast
+from profiles.forecast import Forecast, Misses, Point, assumptions, forecast
+from profiles.sizes import model_sizes
 from runtime import layout
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
@@ -19,6 +20,7 @@ EXAMPLES = """
 edge forecast config.json --device orin-nx-16gb
 edge forecast ./Qwen1.5-MoE-A2.7B --device orin-nx-8gb --context 2048
 edge forecast qwen.bundle --device orin-nx-16gb --overlap 0.2156 --json
+edge forecast qwen.bundle --device here.toml --trace chats.trace.safetensors --slots-per-layer 16
 """
 
 
@@ -31,24 +33,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap", metavar="R", type=float,
         help="share of a token's experts that the token before had (default: as in published models)",
     )  # fmt: skip
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="hit rates by simulating this trace of edge trace")
+    parser.add_argument("--slots-per-layer", metavar="N", type=int, help="a cache of this size (default: what fits)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecast; a model that does not fit is an answer, too (exit code 0)."""
     device = load_device(args.device)
-    found = forecast(_config(args.path), device, args.context, args.overlap)
-    console.note("a forecast, not a measurement: not yet run on a board, and the times are floors")
+    config = load_config(args.path)
+    misses = None if args.trace is None else _misses(args, config)
+    found = forecast(config, device, args.context, args.overlap, args.slots_per_layer, misses)
+    console.note(_caution(device))
     if args.json:
         figures = {name: asdict(figure) for name, figure in assumptions(device)}
         console.print_json({"device": device.name, **asdict(found), "assumptions": figures})
     else:
-        print(console.format_table(_rows(found), title=f"{args.path} on {device.title}"))
+        print(console.format_table(_rows(found, device.overheads is not None), title=f"{args.path} on {device.title}"))
         print(console.format_table(_assumed(device), title="standing on"))
     return 0
 
 
-def _config(path: Path) -> ModelConfig:
+def _misses(args: argparse.Namespace, config: ModelConfig) -> Misses:
+    from profiles.predict import trace_misses
+    from remoe.trace import Trace
+
+    if args.overlap is not None:
+        raise UsageError("--overlap and --trace say the same thing twice: give one of them")
+    return trace_misses(Trace.load(args.trace), model_sizes(config, 1))
+
+
+def _caution(device: Device) -> str:
+    if device.overheads is None:
+        return "a forecast, not a measurement: not yet run on a board, and the times are floors"
+    return "a forecast, not a measurement: with what edge calibrate measured on that machine"
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Of a bundle, a checkpoint folder or a config.json. Raises UsageError when it is none of them."""
     if (path / layout.MANIFEST).exists():
         from runtime.bundle import Bundle
 
@@ -63,9 +85,10 @@ def _config(path: Path) -> ModelConfig:
     return read_model(read_config(path), {})
 
 
-def _rows(found: Forecast) -> list[list[str]]:
+def _rows(found: Forecast, calibrated: bool) -> list[list[str]]:
     size = console.format_bytes
     fit, usual, best, worst = found.fit, found.usual, found.best, found.worst
+    least = "TPOT" if calibrated else "TPOT, at least"
     rows = [["memory for experts", f"{size(fit.expert_bytes)} of {size(fit.usable_bytes)} usable"]]
     if usual is None or best is None or worst is None:
         return [*rows, ["fits", f"no: {fit.slots} slots per layer are fewer than a token needs"]]
@@ -73,7 +96,7 @@ def _rows(found: Forecast) -> list[list[str]]:
         ["fits", f"yes, {fit.slots} slots per layer"],
         ["hit rate", f"{usual.hit_rate:.0%} ({worst.hit_rate:.0%} to {best.hit_rate:.0%})"],
         ["read per token", f"{size(usual.read_bytes_per_token)}, {usual.misses_per_token:.0f} experts"],
-        ["TPOT, at least", f"{usual.tpot_ms:.0f} ms ({best.tpot_ms:.0f} to {worst.tpot_ms:.0f})"],
+        [least, f"{usual.tpot_ms:.0f} ms ({best.tpot_ms:.0f} to {worst.tpot_ms:.0f})"],
         ["limited by", usual.limit],
     ]
     return rows + [["would help", _help(name, result, usual)] for name, result in found.helps]
@@ -84,4 +107,10 @@ def _help(name: str, result: Point, usual: Point) -> str:
 
 
 def _assumed(device: Device) -> list[list[str]]:
-    return [[name, f"{figure.value / 1e9:.2f}e9", figure.mark, figure.source] for name, figure in assumptions(device)]
+    return [[name, _value(name, figure.value), figure.mark, figure.source] for name, figure in assumptions(device)]
+
+
+def _value(name: str, value: float) -> str:
+    if name.endswith("_s"):
+        return f"{1e6 * value:.0f} µs"
+    return f"{value / 1e9:.2f}e9" if value >= 1e6 else f"{value:.3g}"

@@ -1,6 +1,6 @@
 """What the parts of a token cost on a device, and from them the time of a layer: one formula for every forecast.
 
-    layer = dense + routing + max( reading + last missed expert, shared + all experts ) + what is not hidden
+    layer = dense + routing + max( reading + last missed expert, shared + all experts ) + miss + what is not hidden
 
 Reading begins before anything is computed; missed experts are computed as they land. Without overheads in the device
 profile this is a floor: no schedule of these parts is faster. `overlap_loss` is the share of the shorter side (reading,
@@ -35,6 +35,7 @@ class Costs:
     shared_s: float
     expert_s: float
     read_s: Callable[[Array], Array]
+    miss_s: float = 0.0  # per layer that misses anything
     overlap_loss: float = 0.0
 
 
@@ -54,7 +55,8 @@ def layer_times(costs: Costs, top_k: int, misses: Array) -> LayerTimes:
     beside = resident + np.maximum(0.0, misses * costs.expert_s - last)  # all but the last missed expert
     waiting = np.maximum(0.0, reading - beside)
     hidden = np.minimum(reading, beside)
-    total = costs.layer_s + beside + waiting + last + costs.overlap_loss * hidden
+    once = np.minimum(1.0, misses) * costs.miss_s
+    total = costs.layer_s + beside + waiting + last + once + costs.overlap_loss * hidden
     return LayerTimes(total, waiting)
 
 
@@ -71,6 +73,7 @@ def device_costs(
         shared_s=sizes.shared_bytes / memory + dispatch,
         expert_s=sizes.expert_bytes / memory + fixed.expert_s,
         read_s=_reader(sizes.blob_bytes, device, drive, read_threads, fixed),
+        miss_s=fixed.miss_s,
         overlap_loss=fixed.overlap_loss,
     )
 
@@ -104,7 +107,7 @@ def _reader(blob_bytes: int, device: Device, drive: Drive, threads: int, fixed: 
     """Blobs are cut into chunks, and as many chunks are on their way as there are threads."""
     speed: float = getattr(device.storage, drive).value
     if not device.reads:
-        return lambda misses: misses * blob_bytes / (speed * fixed.read_share) + fixed.miss_s
+        return lambda misses: misses * blob_bytes / (speed * fixed.read_share)
     chunks = len(cut(blob_bytes, threads))
     rates = [
         read_rate(device.reads, blob_bytes / chunks, depth) * fixed.read_share * speed / device.storage.typical.value
@@ -113,7 +116,7 @@ def _reader(blob_bytes: int, device: Device, drive: Drive, threads: int, fixed: 
 
     def read_s(misses: Array) -> Array:
         depth = np.clip(np.ceil(np.maximum(misses, 1.0) * chunks), 1, threads).astype(int)
-        return misses * blob_bytes / np.take(rates, depth - 1) + fixed.miss_s
+        return misses * blob_bytes / np.take(rates, depth - 1)
 
     return read_s
 

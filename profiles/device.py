@@ -60,7 +60,7 @@ class Overheads:
     block_s: Figure  # per dense block
     routing_s: Figure  # per layer with experts: gates, top-k, asking the cache, putting outputs together
     expert_s: Figure  # per expert computed
-    miss_s: Figure  # per layer that misses: handing reads to threads and their data back, beside the drive's own time
+    miss_s: Figure  # per layer that misses anything: waking threads, refilling the processor's caches
     read_share: Figure  # of the drive's raw rate, what reads through the engine reach
     overlap_loss: Figure  # of the shorter one of reading and computing, what is not hidden behind the longer
 

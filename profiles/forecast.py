@@ -198,5 +198,7 @@ def _helps(
             ),
             (small, estimate(half, device, more, usual.overlap)),
         ]
+    if device.overheads is not None:
+        options = options[1:]  # its rates are those of one measured drive, not of drives that one could buy
     better = [(name, result) for name, result in options if result.tpot_ms < usual.tpot_ms]
     return tuple(sorted(better, key=lambda item: item[1].tpot_ms))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.engine import Engine, GenerateOptions
+from runtime.records import TokenRecord
+
 _BUFFER_VALUES = (1 << 24) + 1_000_003  # more than the largest tensor of a layer
 _STEP = 7_368_787  # a prime: windows begin at ever new places
 _STD = 0.02
+_PROMPT_TOKENS = 16
+_COLD_TOKENS = 4
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -130,3 +136,16 @@ def save_random_model(folder: Path, options: SyntheticOptions) -> None:
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config_json(options), indent=1) + "\n")
+
+
+def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
+    """Token ids drawn at random: a random model repeats itself less after them."""
+    generator = random.Random(seed)
+    return [generator.randrange(vocab_size) for _ in range(count)]
+
+
+def decode_random(engine: Engine, tokens: int, seed: int) -> list[TokenRecord]:
+    """Records of the decode steps after a short random prompt, the first (cold) few left out."""
+    prompt = random_ids(engine.config.vocab_size, _PROMPT_TOKENS, seed)
+    options = GenerateOptions(max_new_tokens=tokens, temperature=1.0, seed=seed, ignore_eos=True)
+    return [token.record for token in engine.generate(prompt, options)][_COLD_TOKENS:]

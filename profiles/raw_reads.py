@@ -87,13 +87,8 @@ class RawReader:
     def _pieces(self, block: int | None, total_bytes: int | None) -> Iterator[Piece]:
         """Every piece once in random order, then all of them again, until `total_bytes` are reached."""
         order = [(fd, offset, step) for fd, size in self._files for offset, step in _cut(size, block)]
-        self._random.shuffle(order)
-        asked = 0
-        for piece in itertools.cycle(order):
-            if total_bytes is not None and asked >= total_bytes:
-                return
-            asked += piece[2]
-            yield piece
+        self._random.shuffle(order)  # before the clock runs
+        return _until(itertools.cycle(order), total_bytes)
 
 
 class _Work:
@@ -107,8 +102,8 @@ class _Work:
         self.end = self.begin + seconds
 
     def read(self, buffer: memoryview) -> None:
-        """Until nothing is left, the time is over or a read failed."""
-        while time.perf_counter() < self.end and not self.failure:
+        """Until nothing is left, the time is over (but once at least) or a read failed."""
+        while not self.failure:
             with self._lock:
                 piece = next(self._pieces, None)
             if piece is None:
@@ -122,6 +117,17 @@ class _Work:
                 return
             with self._lock:
                 self.done_bytes += size
+            if time.perf_counter() >= self.end:
+                return
+
+
+def _until(pieces: Iterator[Piece], total_bytes: int | None) -> Iterator[Piece]:
+    asked = 0
+    for piece in pieces:
+        if total_bytes is not None and asked >= total_bytes:
+            return
+        asked += piece[2]
+        yield piece
 
 
 def page_aligned(size_bytes: int) -> memoryview:

@@ -42,9 +42,7 @@ def model_sizes(config: ModelConfig, context: int) -> Sizes:
     return Sizes(
         resident_bytes=dense + head + embed + routers,
         kv_bytes=context * _VALUE_BYTES * config.num_layers * row,
-        head_bytes=_VALUE_BYTES
-        * config.vocab_size
-        * config.hidden_size,  # tied or not, it is read
+        head_bytes=_VALUE_BYTES * config.vocab_size * config.hidden_size,  # tied or not, it is read
         dense_layer_bytes=(dense + routers) / moe - shared,
         shared_bytes=shared,
         expert_bytes=layout.expert_bytes(config),

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.decode import DecodeOptions, decode, measure_setting, prefill_reads
+from bench.decode import DecodeOptions, measure_setting, prefill_reads
 from bench.export import largest_tensor_bytes
 from bench.floor import Parts
 from bench.synthetic import write_synthetic
 from export.exporter import export_bundle
-from profiles.random_model import SyntheticOptions, Windows, layer_shapes
+from profiles.random_model import SyntheticOptions, Windows, decode_random, layer_shapes
 from runtime.bundle import Bundle
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import EdgeError, UsageError
@@ -94,7 +94,7 @@ def test_all_resident_misses_nothing(bundle: Path) -> None:
 
     with Engine.open(bundle, EngineOptions(slots_per_layer=6, context=512, backend="torch")) as engine:
         _fill(engine)
-        records = decode(engine, tokens=8, seed=0)
+        records = decode_random(engine, tokens=8, seed=0)
     assert len(records) == 4
     assert sum(sum(r.misses) for r in records) == 0
     assert all(r.hits == [2, 2] for r in records)
