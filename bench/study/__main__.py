@@ -1,0 +1,209 @@
+"""Runs the study: `python -m bench.study CHECKPOINT --texts bible prose --out out/study`.
+
+Every point (method, strength, seed) is tuned, measured on held-out text and appended to points.jsonl at once; points
+that are there already are not run again, so an interrupted study goes on. Then the table and the plot are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.study.measure import Bench
+from bench.study.methods import Method, Strengths, methods
+from bench.study.page import write_page
+from demo import data
+from export.families import parse_config
+from export.source import read_config
+from remoe.gates import Gates
+from remoe.texts import Sequences, pack
+from remoe.tune import Teacher, tune
+from remoe.tune_options import TuneOptions
+from runtime.errors import EdgeError
+from runtime.router_file import Provenance, gates_sha256, save_router
+from runtime.strict import to_dict
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is the same for all methods."""
+
+    train_texts: tuple[str, ...]  # sets of demo/data.py
+    test_texts: tuple[str, ...]
+    length: int
+    steps: int
+    batch: int
+    lr: float
+    train_tokens: int  # per set of texts; so are test_tokens
+    test_tokens: int
+    strengths: Strengths
+    tuned_slots: tuple[int, ...]
+    slots: tuple[int, ...]
+    head_share: float
+
+
+STUDIES = {
+    # 5 million parameters: everything, three seeds
+    "native": Study(
+        train_texts=("bible", "prose"),
+        test_texts=("bible", "prose"),
+        length=256,
+        steps=40,
+        batch=4,
+        lr=2e-3,
+        train_tokens=60_000,
+        test_tokens=4_000,
+        strengths=Strengths(remoe=(0.1, 0.3, 1.0), miss=(0.5, 2.0), prior=(0.1, 0.2, 0.4)),
+        tuned_slots=(4, 8),
+        slots=(4, 5, 8, 16, 28),
+        head_share=1.0,
+    ),
+    # SmolLM2 as a mixture
+    "demo": Study(
+        train_texts=("prose", "docs", "code"),
+        test_texts=("chats", "gsm8k", "humaneval", "prose"),
+        length=256,
+        steps=20,
+        batch=4,
+        lr=2e-3,
+        train_tokens=30_000,
+        test_tokens=1_500,
+        strengths=Strengths(remoe=(0.1, 0.3, 1.0), miss=(0.5, 2.0), prior=(0.1, 0.2, 0.4)),
+        tuned_slots=(8, 16),
+        slots=(8, 10, 16, 28),
+        head_share=0.25,
+    ),
+}
+
+
+class Runner:
+    """A model, its texts, and the points that are done."""
+
+    def __init__(self, checkpoint: Path, study: Study, download: Path, out: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.study, self._out = study, out
+        self.config = parse_config(read_config(checkpoint))
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._train = _texts(tokenizer, study, "train", download)
+        test = _texts(tokenizer, study, "test", download)
+        self._model, self._teacher = model, Teacher()
+        self._bench = Bench(Gates(model, self.config), test, study.slots)
+
+    def run(self, method: Method, seed: int) -> dict[str, Any]:
+        """Tune where the method tunes, measure, keep the router file; returns the point."""
+        started, tensors = time.monotonic(), self._bench.gates.tensors(stock=True)
+        if method.objective is not None:
+            options = self._options(method, seed)
+            tensors = tune(self._model, self.config, self._train, options, teacher=self._teacher).tensors
+            self._save(method, seed, tensors, options)
+        measured = self._bench.measure(tensors, method.rule())
+        point = asdict(measured) | {"seconds": round(time.monotonic() - started, 1)}
+        return {"method": method.name, "strength": method.strength, "tuned_for": method.slots, "seed": seed, **point}
+
+    def _options(self, method: Method, seed: int) -> TuneOptions:
+        study, warm_up = self.study, max(1, self.study.steps // 8)
+        assert method.objective is not None
+        return TuneOptions(
+            objective=replace(method.objective, warmup_steps=warm_up),
+            steps=study.steps,
+            batch=study.batch,
+            micro_batch=study.batch,
+            lr=study.lr,
+            lr_warmup_steps=warm_up,
+            schedule="cosine",
+            head_share=study.head_share,
+            seed=seed,
+        )
+
+    def _save(self, method: Method, seed: int, tensors: dict[str, Any], options: TuneOptions) -> None:
+        folder = self._out / "routers"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{method.key}-{seed}".replace("/", "-").replace(" ", "-").replace(",", "")
+        provenance = Provenance(
+            base_gates_sha256=gates_sha256(self._bench.gates.tensors(stock=True)),
+            base_model=self.config.family,
+            method=method.key,
+            options=to_dict(options),
+            data={"sha256": self._train.sha256, "tokens": self._train.tokens},
+            steps=options.steps,
+        )
+        save_router(folder / f"{name}.safetensors", tensors, provenance)
+
+
+def run_study(runner: Runner, seeds: int, out: Path, only: str) -> list[dict[str, Any]]:
+    """All points, those on file first; a method that tunes is run once per seed."""
+    file = out / "points.jsonl"
+    points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(p["method"], p["strength"], p["tuned_for"], p["seed"]) for p in points}
+    wanted = [
+        (method, seed)
+        for seed in range(seeds)
+        for method in methods(runner.study.strengths, runner.study.tuned_slots)
+        if (seed == 0 or method.objective is not None) and only in method.name
+    ]
+    for number, (method, seed) in enumerate(wanted, 1):
+        if (method.name, method.strength, method.slots, seed) in done:
+            continue
+        point = json.loads(json.dumps(runner.run(method, seed)))
+        points.append(point)
+        with file.open("a") as stream:
+            stream.write(json.dumps(point) + "\n")
+        quality = next(iter(point["quality"].values()))
+        _say(
+            f"{number}/{len(wanted)} {method.key} seed {seed}: perplexity {quality['perplexity']:.3f}, KL "
+            f"{quality['kl']:.4f}, EOR {quality['eor']:.3f}, misses {point['misses']} in {point['seconds']} s"
+        )
+    return points
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description="compares ways to tune routers")
+    parser.add_argument("checkpoint", type=Path, help="folder of the model")
+    parser.add_argument("--study", choices=sorted(STUDIES), required=True, help="its settings")
+    parser.add_argument("--seeds", type=int, default=3, help="of every method that tunes (default: 3)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="methods whose name has this in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for points, routers, table and plot")
+    parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the packages")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        runner = Runner(options.checkpoint, STUDIES[options.study], options.download, options.out)
+        points = run_study(runner, options.seeds, options.out, options.only)
+        write_page(points, runner.config.router.top_k, options.out)
+    except EdgeError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+def _texts(tokenizer: Any, study: Study, split: str, download: Path) -> Sequences:
+    """So many tokens of each set, whole documents in the order of the set, cut to a few sequences each."""
+    train = split == "train"
+    names, tokens = (study.train_texts, study.train_tokens) if train else (study.test_texts, study.test_tokens)
+    documents = []
+    for name in names:
+        count = 0
+        for text in data.load(name, split, download):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: 4 * study.length]
+            documents.append(ids)
+            count += len(ids)
+            if count >= tokens:
+                break
+    return pack(documents, study.length, len(tokenizer))
+
+
+def _say(line: str) -> None:
+    print(f"study: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

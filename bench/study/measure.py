@@ -1,0 +1,111 @@
+"""What a router costs in quality and saves in reads: teacher-forced, on text that no router was tuned on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from remoe.cache_model import Prior, lru_contents, misses
+from remoe.gates import Gates, Tape
+from remoe.head import IGNORED, head_losses
+from remoe.pools import OptimalPool
+from remoe.routing import as_mask, expert_overlap
+from remoe.texts import Sequences, batch
+from remoe.tune import Teacher, last_hidden
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Against the stock router on the same tokens: `kl` in nats per token, `agreement` of the best next word; `eor`."""
+
+    perplexity: float
+    kl: float
+    agreement: float
+    eor: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`misses` per token and layer for each number of slots (LRU, empty at the start of each document), and `optimum`:
+    those of Belady's rule for the same routing. With a cache-prior the routing depends on the slots, so does quality.
+    """
+
+    quality: dict[int, Quality]
+    misses: dict[int, float]
+    optimum: dict[int, float]
+
+
+class Bench:
+    """A model and the held-out text; stock outputs are computed once."""
+
+    def __init__(self, gates: Gates, text: Sequences, slots: tuple[int, ...]) -> None:
+        self.gates, self.text, self.slots = gates, text, slots
+        self._teacher = Teacher()
+
+    def measure(self, tensors: Tensors, prior: Prior | None = None) -> Measured:
+        """A router at every number of slots; `prior` gives the rule, its slots are replaced by those measured."""
+        self.gates.load(tensors)
+        if prior is None:
+            quality, experts = self._run(None)
+            return Measured(
+                dict.fromkeys(self.slots, quality),
+                {c: self._misses(experts, c) for c in self.slots},
+                {c: self._optimum(experts, c) for c in self.slots},
+            )
+        runs = {c: self._run(Prior(prior.options, c)) for c in self.slots}
+        return Measured(
+            {c: quality for c, (quality, _) in runs.items()},
+            {c: self._misses(experts, c) for c, (_, experts) in runs.items()},
+            {c: self._optimum(experts, c) for c, (_, experts) in runs.items()},
+        )
+
+    def _run(self, prior: Prior | None) -> tuple[Quality, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Quality, and per sequence the chosen experts [L, S, K] with the document of each token [S]."""
+        head = self.gates.model.get_output_embeddings().weight
+        sums, chosen, overlaps = torch.zeros(4, dtype=torch.float64), [], []
+        with self.gates.installed(), torch.no_grad():
+            for row in range(len(self.text)):
+                given = batch(self.text, [row])
+                tape = Tape(given.segments.flatten(), prior)
+                with self.gates.recorded(tape):
+                    hidden = last_hidden(self.gates.model, given)
+                taught = self._teacher.hidden(self.gates, self.text, [row], given)
+                found = head_losses(hidden, head, given.targets.flatten(), taught, 1.0, 1.0)
+                count = int((given.targets != IGNORED).sum())
+                sums += torch.tensor([found.ce, found.kl, found.agreement, 1.0], dtype=torch.float64) * count
+                experts = torch.stack(tape.experts)
+                mask = as_mask(experts, self.gates.config.router.num_experts)
+                overlaps.append(float(expert_overlap(mask, tape.segments).mean()))
+                chosen.append((experts, tape.segments))
+            self.gates.forget()
+        ce, kl, agreement = (sums[:3] / sums[3]).tolist()
+        return Quality(math.exp(ce), kl, agreement, sum(overlaps) / len(overlaps)), chosen
+
+    def _misses(self, chosen: list[tuple[torch.Tensor, torch.Tensor]], slots: int) -> float:
+        number = self.gates.config.router.num_experts
+        total = sum(int(misses(e, lru_contents(e, segments, number, slots)).sum()) for e, segments in chosen)
+        return total / self._steps(chosen)
+
+    def _optimum(self, chosen: list[tuple[torch.Tensor, torch.Tensor]], slots: int) -> float:
+        total = 0
+        for experts, segments in chosen:
+            for layer in experts:
+                for steps in _documents(layer, segments):
+                    pool = OptimalPool(slots, steps)
+                    total += sum(pool.request(step) for step in steps)
+        return total / self._steps(chosen)
+
+    @staticmethod
+    def _steps(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        return sum(experts.shape[0] * experts.shape[1] for experts, _ in chosen)
+
+
+def _documents(layer: torch.Tensor, segments: torch.Tensor) -> list[Any]:
+    """The steps of each document: lists of experts, by token."""
+    sizes = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
+    return [part.tolist() for part in layer.split(sizes)]

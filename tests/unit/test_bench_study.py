@@ -1,0 +1,111 @@
+"""The study of tuning methods: it counts what the simulator counts, and its verdict compares like with like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.study.measure import Bench
+from bench.study.methods import Strengths, methods
+from bench.study.page import best_at_equal_perplexity, rows, write_page
+from export.families import parse_config
+from export.source import read_config
+from remoe.cache_model import Prior
+from remoe.gates import Gates
+from remoe.texts import Sequences, pack
+from runtime.cache_prior import CachePrior
+from tests.checkpoints import load_reference, make_checkpoint
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+SLOTS = (2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def text() -> Sequences:
+    generator = torch.Generator().manual_seed(5)
+    return pack([torch.randint(0, 64, (n,), generator=generator).tolist() for n in (30, 50, 16)], 48, 64)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, text: Sequences) -> Bench:
+    path = make_checkpoint(tmp_path_factory.mktemp("study") / "ck", "qwen2_moe", gate_std=1.0, **SMALL)
+    return Bench(Gates(load_reference(path), parse_config(read_config(path))), text, SLOTS)
+
+
+def test_stock_router(bench: Bench, text: Sequences) -> None:
+    """Against itself nothing changes; with a slot per expert each document reads every expert it meets once."""
+    found = bench.measure(bench.gates.tensors(stock=True))
+    assert found.quality[2].kl == pytest.approx(0.0, abs=1e-9)
+    assert found.quality[2].agreement == 1.0
+    assert found.misses[2] > found.misses[4] > found.misses[8]
+    assert all(found.optimum[c] <= found.misses[c] + 1e-12 for c in SLOTS)
+    documents = int(sum(len(row.unique()) for row in text.segments))
+    assert found.misses[8] == found.optimum[8] <= documents * 8 / text.tokens
+    # K slots: only the experts of the token before are there, so misses are what the overlap leaves
+    firsts = documents / text.tokens
+    assert found.misses[2] == pytest.approx(2 * (firsts + (1 - firsts) * (1 - found.quality[2].eor)), rel=0.05)
+
+
+def test_cache_prior_reads_less_and_changes_the_output(bench: Bench) -> None:
+    stock = bench.measure(bench.gates.tensors(stock=True))
+    prior = bench.measure(bench.gates.tensors(stock=True), Prior(CachePrior(0.3), 0))
+    for slots in (2, 4):
+        assert prior.misses[slots] < 0.9 * stock.misses[slots]
+        assert prior.quality[slots].kl > 0
+    assert prior.quality[2] != prior.quality[4]  # the routing depends on what is cached
+
+
+def test_every_method_is_named_once_and_tunes_something() -> None:
+    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2))
+    found = list(methods(strengths, (2, 4)))
+    assert len({method.key for method in found}) == len(found)
+    by_name = {method.name: method for method in found}
+    ce_only, published = by_name["CE only"].objective, by_name["ReMoE"].objective
+    assert ce_only is not None
+    assert published is not None
+    assert (ce_only.ce, ce_only.trust, ce_only.reuse, ce_only.smooth, ce_only.lag, ce_only.window) == (1, 0, 0, 0, 0, 0)
+    assert published.reuse > 0 < published.trust
+    assert by_name["all together"].prior > 0
+
+
+def _point(method: str, perplexity: float, missed: float, seed: int = 0, tuned_for: int = 0) -> dict[str, Any]:
+    quality = {"perplexity": perplexity, "kl": 0.01, "agreement": 0.9, "eor": 0.3}
+    return {
+        "method": method,
+        "strength": 1.0,
+        "tuned_for": tuned_for,
+        "seed": seed,
+        "quality": {"4": quality},
+        "misses": {"4": missed},
+        "optimum": {"4": missed / 2},
+    }
+
+
+def test_rows_average_seeds_and_take_the_router_tuned_for_the_nearest_size() -> None:
+    points = [_point("ReMoE", 10.0, 2.0), _point("ReMoE", 12.0, 3.0, seed=1)]
+    points += [_point("miss", 10.0, 1.0, tuned_for=4), _point("miss", 10.0, 9.0, tuned_for=16)]
+    remoe, miss = rows(points, 4)
+    assert (remoe.perplexity, remoe.misses, remoe.lowest_misses, remoe.highest_misses, remoe.seeds) == (
+        11,
+        2.5,
+        2,
+        3,
+        2,
+    )
+    assert (miss.misses, miss.optimum) == (1.0, 0.5)
+
+
+def test_verdict_by_hand(tmp_path: Path) -> None:
+    """ReMoE saves 10 % at +0.5 %; the other method saves 30 % at the same cost, and 60 % at one that does not count."""
+    points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8), _point("best", 10.06, 1.4)]
+    points.append(_point("best", 11.0, 0.8) | {"strength": 2.0})
+    best = best_at_equal_perplexity(rows(points, 4), 10.05)
+    assert best["best"].misses == 1.4
+    write_page(points, 2, tmp_path)
+    page = (tmp_path / "study.md").read_text()
+    assert "### 4 slots per layer (2.0 K)" in page
+    assert "* best (1): -30.0%, 3.0 x ReMoE's saving" in page
+    assert (tmp_path / "study.png").stat().st_size > 5000
