@@ -30,11 +30,13 @@ COMMANDS = {
     "generate": "stream text from a bundle",
     "chat": "talk to a bundle",
     "calibrate": "measure this machine into a device profile",
+    "tune": "tune the routers of a checkpoint for reuse of experts",
     "trace": "record which experts every token is sent to",
     "simulate": "replay recorded routing through caches of any size and policy",
     "eval": "judge routers: quality against the stock router, and what they read",
     "forecast": "tell from a config whether a model fits a board, and how fast it can be at best",
     "profile": "measure tokens over a workload, with power and temperature beside them",
+    "bench": "compare routers, routing rules and recorded routing of one bundle in one interleaved run",
     "report": "turn runs of edge profile into one HTML page",
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }

@@ -9,7 +9,7 @@ The rest is beyond it, off by default, and each can be switched on by itself. Te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -120,6 +120,15 @@ class Routed:
     experts: Tensor
     bias: Tensor | None
     segments: Tensor
+
+
+_MODEL_ALONE = replace(Objective(), trust=0.0, reuse=0.0, smooth=0.0, lag=0.0, window=0.0)
+PRESETS = {
+    "remoe": Objective(),
+    "no-trust": Objective(trust=0.0),  # the paper's ablation
+    "ce-only": _MODEL_ALONE,  # the paper's control
+    "cache": replace(_MODEL_ALONE, ce=0.0, lm_kl=1.0, miss=0.1),  # the deployed cache against the whole model's output
+}
 
 
 def layer_terms(objective: Objective, router: RouterConfig, routed: Routed) -> dict[str, Tensor]:

@@ -37,9 +37,12 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run gives: the tensors of a router file, the numbers of every step that ran, and the last step."""
+    """What a run gives: the tensors of a router file, those before tuning, the numbers of every step that ran in this
+    process, and the last step.
+    """
 
     tensors: dict[str, Tensor]
+    stock: dict[str, Tensor]
     history: list[Numbers]
     steps: int
 
@@ -105,7 +108,7 @@ def tune(
                 save_state(state, step, gates.parameters(), run.optimizer, identity)
             if stop.is_set() and not last:
                 raise KeyboardInterrupt
-    return Tuned(gates.tensors(), history, options.steps)
+    return Tuned(gates.tensors(), gates.tensors(stock=True), history, options.steps)
 
 
 def last_hidden(model: Any, given: Batch) -> Tensor:

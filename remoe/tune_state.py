@@ -72,6 +72,15 @@ def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, iden
     return step
 
 
+def step_of_state(path: Path) -> int:
+    """The last step of an unfinished run. Raises UsageError when the file is none of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["state"])["step"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
+
+
 def _same(path: Path, stored: dict[str, Any], identity: Identity) -> None:
     words = {
         "options_sha256": "other options",
