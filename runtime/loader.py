@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from runtime import native
 from runtime.errors import ReadError
 from runtime.layout import PAGE_BYTES, expert_identity
 from runtime.storage import Storage
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 2 << 20  # on average at most
 _LEAST_CHUNK_BYTES = 256 << 10
 _MAX_STALLS = 8  # reads in a row without progress before a blob counts as unreadable
 
@@ -115,6 +116,7 @@ class Loader:
             self._jobs.put(None)
 
     def _work(self) -> None:
+        native.short_slice()  # a reader has microseconds to do: it need not wait until arithmetic's turn is over
         while (job := self._jobs.get()) is not None:
             load, index = job
             try:
@@ -186,9 +188,14 @@ class Loader:
 
 
 def cut(blob_bytes: int, threads: int) -> list[tuple[int, int]]:
-    """Equal chunks of whole pages, at most CHUNK_BYTES, as many for every thread: a lone miss keeps them all busy."""
+    """Chunks of whole pages, about CHUNK_BYTES, as many for every thread: a lone miss keeps them all busy.
+
+    The last round's chunks are a third of the others: they land together, and what has landed together is hashed one
+    after the other while nothing is read any more.
+    """
     count = threads * -(-blob_bytes // (threads * CHUNK_BYTES))
     count = min(count, -(-blob_bytes // _LEAST_CHUNK_BYTES))
-    pages = -(-blob_bytes // PAGE_BYTES)
-    edges = [PAGE_BYTES * (pages * i // count) for i in range(count)] + [blob_bytes]
-    return list(itertools.pairwise(edges))
+    weights = [3] * max(count - threads, 0) + [1] * min(count, threads)
+    pages, whole = -(-blob_bytes // PAGE_BYTES), sum(weights)
+    edges = [PAGE_BYTES * (pages * done // whole) for done in itertools.accumulate(weights, initial=0)]
+    return list(itertools.pairwise([*edges[:-1], blob_bytes]))

@@ -74,6 +74,16 @@ class Kernel:
         return y
 
 
+def short_slice() -> bool:
+    """Ask for the calling thread to be run soon after it wakes, in short turns; its share of the processor stays.
+
+    False where there is no kernel library, or the thread has another scheduling policy than the usual one. Linux before
+    6.12 takes the wish and does nothing.
+    """
+    library = _library()
+    return library is not None and library.edge_short_slice() == 0
+
+
 def half_from_bf16(source: torch.Tensor, target: torch.Tensor) -> bool | None:
     """Fill `target` (fp16) from `source` (bf16), both 1-D, contiguous and of one length, rounding to nearest even.
 

@@ -3,11 +3,15 @@
  * `gate` says whether a job may be joined, and how many helpers are in it. The caller opens it, works, closes it and
  * waits only for those that came: a helper that wakes late finds it closed and costs nothing.
  */
+#define _GNU_SOURCE
 #include "kernels.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum { MAX_THREADS = 64, SPINS = 2000 };
 #define OPEN 0x80000000u
@@ -105,4 +109,22 @@ void edge_share(void (*piece)(const void *job, ptrdiff_t begin, ptrdiff_t end), 
     for (int i = 0; atomic_load(&gate); i++)
         if (i < SPINS) pause_cpu();
         else sched_yield();
+}
+
+/* ---- for threads that read ---- */
+
+enum { SLICE_NS = 100000 }; /* the least that Linux takes */
+
+/* Ask for turns of SLICE_NS for the calling thread: a waking thread with short turns goes before one in the middle of a
+ * long turn (Linux 6.12 and later; sched(7)). Returns 0, or -1 where the thread has no ordinary policy. */
+int edge_short_slice(void) {
+    struct { /* sched_attr of sched_setattr(2), as first published; glibc has a wrapper from 2.41 on */
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } wish = {.size = sizeof wish, .policy = SCHED_OTHER, .nice = getpriority(PRIO_PROCESS, 0), .runtime = SLICE_NS};
+    if (sched_getscheduler(0) != SCHED_OTHER) return -1;
+    return (int)syscall(SYS_sched_setattr, 0, &wish, 0);
 }

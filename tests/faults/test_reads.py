@@ -72,7 +72,13 @@ def test_chunks_cover_the_blob_in_whole_pages(size: int, count: int) -> None:
     assert len(chunks) == count
     assert [chunks[0][0], chunks[-1][1]] == [0, size]
     assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(chunks))
-    assert all(begin % 4096 == 0 and 0 < end - begin <= CHUNK_BYTES for begin, end in chunks)
+    assert all(begin % 4096 == 0 and 0 < end - begin < 2 * CHUNK_BYTES for begin, end in chunks)
+
+
+def test_the_last_round_of_chunks_is_small() -> None:
+    """14 MiB for 4 threads are eight chunks: four of 3/16 and four of 1/16."""
+    sizes = [end - begin for begin, end in cut(14 << 20, threads=4)]
+    assert sizes == [(14 << 20) * 3 // 16] * 4 + [(14 << 20) // 16] * 4
 
 
 def test_swapped_blobs_are_noticed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import threading
 
@@ -125,3 +126,18 @@ def test_silu_is_right_from_end_to_end_of_its_range(library: ctypes.CDLL) -> Non
     found = Kernel(library, 1).gated_mlp(x, gate_up, torch.eye(len(values)).half())[0]
     exact = torch.nn.functional.silu(values.double())
     assert torch.allclose(found.double(), exact, rtol=1e-6, atol=1e-30)
+
+
+def test_a_short_slice_keeps_policy_and_nice_value(library: ctypes.CDLL) -> None:
+    found: list[tuple[bool, int, int]] = []
+
+    def ask() -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, 7)
+        answer = native.short_slice()
+        found.append((answer, os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [(True, os.SCHED_OTHER, 7)]
