@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from edge.curves import check_plot, plot_curves
 from edge.options import add_routing_arguments, engine_options
 from remoe.simulate import BELADY, SIMULATED, Result, Setting, share_of_optimum, simulate
 from remoe.trace import Trace
+from runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from profiles.predict import Prediction
     from runtime.cache_prior import CachePrior
 
 NAME = "simulate"
@@ -21,6 +24,7 @@ HELP = "replay recorded routing through caches of any size and policy"
 EXAMPLES = """
 edge simulate chats.trace.safetensors
 edge simulate stock.trace.safetensors tuned.trace.safetensors --slots 8 16 30 --policy lru belady --device orin-nx-16gb
+edge simulate chats.trace.safetensors --device orin-nx-16gb --model qwen.bundle
 edge simulate chats.trace.safetensors --routing cache-prior --prior-strength 0.2 --slots 16
 edge simulate chats.trace.safetensors --scope shared --slots 416 832 --cache warm --plot curves.svg
 """
@@ -39,6 +43,7 @@ class Row:
     result: Result
     share: float
     drive_ms: float | None
+    tpot: Prediction | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     routing = parser.add_argument_group("routing")
     add_routing_arguments(routing)
     parser.add_argument("--device", metavar="D", help="a device profile: what the reads of a token take on its drive")
+    parser.add_argument("--model", metavar="MODEL", type=Path,
+                        help="bundle, checkpoint or config.json of the trace: TPOT on the --device, too")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw hit rate and misses over slots (.svg or .png)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and print. Raises UsageError for traces or settings that cannot be."""
-    rate, prior = _drive_rate(args.device), _prior(args)
+    rate, prior, tpot = _drive_rate(args.device), _prior(args), _tpot(args)
     if args.plot:
         check_plot(args.plot)
     if prior is not None:
@@ -74,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     with console.Progress(quiet=args.json, unit="caches") as progress:
         for path in args.traces:
             trace = Trace.load(path)
-            rows += _rows(path, trace, args, prior, rate, progress)
+            found = _rows(path, trace, args, prior, rate, progress)
+            rows += [replace(row, tpot=tpot(trace, row.result)) for row in found] if tpot else found
     if args.plot:
         plot_curves(rows, args.plot, args.scope)
         console.note(f"curves: {args.plot}")
@@ -124,6 +132,28 @@ def _prior(args: argparse.Namespace) -> CachePrior | None:
     return engine_options(argparse.Namespace(**{name: getattr(args, name) for name in names})).prior
 
 
+def _tpot(args: argparse.Namespace) -> Callable[[Trace, Result], Prediction] | None:
+    """TPOT of the decode steps; None without --model."""
+    if args.model is None:
+        return None
+    if args.device is None:
+        raise UsageError("--model tells TPOT on a device: name it with --device")
+    from edge.forecast import load_config
+    from profiles.device import load_device
+    from profiles.predict import check_model, predict
+    from profiles.sizes import model_sizes
+
+    sizes, device = model_sizes(load_config(args.model), 1), load_device(args.device)
+    if device.overheads is None:
+        console.note(f"TPOT on {device.name} is a floor: not measured there, and an engine is slower")
+
+    def tpot(trace: Trace, result: Result) -> Prediction:
+        check_model(trace, sizes)
+        return predict(sizes, device, result.missed[trace.decode.astype(bool)])
+
+    return tpot
+
+
 def _drive_rate(name: str | None) -> float | None:
     if name is None:
         return None
@@ -140,14 +170,20 @@ def _table(rows: list[Row], args: argparse.Namespace) -> list[list[str]]:
             f"{row.result.misses / row.result.decode_tokens:.2f}", f"{row.result.bytes_per_token / 1e6:.2f}",
             f"{row.share:.3f}",
             *([f"{row.drive_ms:.1f}"] if row.drive_ms is not None else []),
+            *([_range_ms(row.tpot)] if row.tpot is not None else []),
             *([f"{row.result.agreement:.4f}"] if row.result.agreement is not None else []),
         ]
         for row in rows
     ]  # fmt: skip
     head += ["drive ms/token"] if args.device else []
+    head += ["TPOT, ms (fast to slow drive)"] if args.model else []
     head += ["agreement"] if any(row.result.agreement is not None for row in rows) else []
     same = {i for i in (0, 1) if len({line[i] for line in cells}) == 1}  # a column that says one thing is no column
     return [[cell for i, cell in enumerate(line) if i not in same] for line in [head, *cells]]
+
+
+def _range_ms(tpot: Prediction) -> str:
+    return f"{tpot.tpot_ms.mean():.1f} ({tpot.fast_ms.mean():.1f} to {tpot.slow_ms.mean():.1f})"
 
 
 def _json(row: Row) -> dict[str, Any]:
@@ -168,4 +204,11 @@ def _json(row: Row) -> dict[str, Any]:
         "share_of_optimum": row.share,
         "drive_ms_per_token": row.drive_ms,
         "agreement": result.agreement,
+        "tpot_ms": _tpot_json(row.tpot),
     }
+
+
+def _tpot_json(tpot: Prediction | None) -> dict[str, float] | None:
+    if tpot is None:
+        return None
+    return {name.removesuffix("_ms"): float(getattr(tpot, name).mean()) for name in vars(tpot)}
