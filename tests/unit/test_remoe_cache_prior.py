@@ -1,0 +1,147 @@
+"""Cache-prior routing: its rule by hand, strength 0 is stock bit for bit, and a strong prior stays in the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.exporter import export_bundle
+from runtime.cache_prior import CachePrior, CachePriorRouter, Spread, prefer_cached
+from runtime.config import RouterConfig
+from runtime.engine import Engine, EngineOptions, GenerateOptions
+from runtime.errors import UsageError
+from runtime.router import Router
+from tests.checkpoints import make_checkpoint
+from tests.unit.test_router import config
+
+IDS = [5, 6, 7, 8]
+LOGITS = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
+
+
+class Cache:
+    """Holds what a test says."""
+
+    def __init__(self, *experts: int) -> None:
+        self.experts = set(experts)
+
+    def residents(self, layer: int) -> set[int]:
+        return self.experts
+
+
+def prefer(options: CachePrior, cached: list[int], rules: RouterConfig | None = None, spread: float = 4.0) -> list[int]:
+    mask = torch.zeros(1, 4)
+    mask[0, cached] = 1.0
+    experts, _, _ = prefer_cached(options, rules or RouterConfig(4, 2), LOGITS, None, mask, torch.tensor([[spread]]))
+    return experts[0].tolist()
+
+
+def test_a_cached_expert_gains_a_share_of_the_spread() -> None:
+    assert prefer(CachePrior(0.1), [2]) == [0, 1]  # 2.5 + 0.4 is still less than 3
+    assert prefer(CachePrior(0.2), [2]) == [0, 2]  # 2.5 + 0.8 is more; 0 is the true best: 4 + 0.8
+    assert prefer(CachePrior(1.1), [2, 3]) == [0, 2]  # 3 has 0 + 4.4, 2 has 6.9, 0 has 8.4
+    assert prefer(CachePrior(1.1, top_j=0), [2, 3]) == [2, 3]  # 0 keeps its 4
+    assert prefer(CachePrior(1.1, top_j=2), [2, 3]) == [0, 1]
+
+
+def test_the_spread_may_be_that_of_the_token() -> None:
+    """z_(1) - z_(2) is 1: a strength of 0.4 lifts expert 2 to 2.9, 0.6 to 3.1; the mean spread plays no part."""
+    assert prefer(CachePrior(0.4, scaling="token"), [2], spread=100.0) == [0, 1]
+    assert prefer(CachePrior(0.6, scaling="token"), [2], spread=0.0) == [0, 2]
+
+
+def test_the_mean_spread_runs_over_a_sequence() -> None:
+    spread = Spread()
+    assert spread.update(torch.tensor([[0.0, 4.0], [1.0, 3.0]])).tolist() == [[3.0]]
+    assert spread.update(torch.tensor([[0.0, 9.0]])).tolist() == [[5.0]]
+    per_row = Spread()
+    per_row.update(torch.tensor([[0.0, 4.0], [1.0, 3.0]]), together=False)
+    assert per_row.update(torch.tensor([[0.0, 2.0], [0.0, 6.0]]), together=False).tolist() == [[3.0], [4.0]]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_weights_are_those_of_the_true_logits(normalise: bool) -> None:
+    rules = RouterConfig(4, 2, normalise=normalise)
+    stock = Router(config(rules), {"layer_00.weight": torch.eye(4)}, torch.device("cpu"))
+    router = CachePriorRouter(stock, Cache(2), CachePrior(0.2))
+    experts, weights = router.route(0, LOGITS)
+    scores = LOGITS.softmax(-1)[0, experts[0]]
+    assert experts.tolist() == [[0, 2]]
+    assert weights[0].tolist() == pytest.approx((scores / scores.sum() if normalise else scores).tolist())
+    assert router.agreement == 0.5
+    router.begin()
+    assert router.agreement is None
+
+
+def test_prompts_are_routed_as_ever() -> None:
+    stock = Router(config(RouterConfig(4, 2)), {"layer_00.weight": torch.eye(4)}, torch.device("cpu"))
+    router = CachePriorRouter(stock, Cache(2, 3), CachePrior(5.0))
+    rows = LOGITS.repeat(3, 1)
+    assert router.route(0, rows)[0].tolist() == [[0, 1]] * 3
+    assert router.agreement is None
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    export_bundle(make_checkpoint(folder / "checkpoint", "olmoe"), folder / "bundle")
+    return folder / "bundle"
+
+
+def run(bundle: Path, **options: Any) -> tuple[list[int], dict[str, Any]]:
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4, context=64, dtype="fp32", **options)) as engine:
+        tokens = [token.id for token in engine.generate(IDS, GenerateOptions(12, ignore_eos=True))]
+        return tokens, engine.report()
+
+
+def test_strength_0_is_stock_routing(bundle: Path) -> None:
+    stock, report = run(bundle)
+    assert (report["routing"], report["route_agreement"]) == ("stock", None)
+    tokens, report = run(bundle, routing="cache-prior", prior_strength=0.0)
+    assert tokens == stock
+    assert report["route_agreement"] == 1.0
+
+
+def test_a_strong_prior_stays_in_the_cache_and_repeats(bundle: Path) -> None:
+    """Four slots, top 3 of 10: with an overwhelming bonus only the true best of a layer can be missing."""
+    _, stock = run(bundle)
+    first, report = run(bundle, routing="cache-prior", prior_strength=50.0)
+    again, _ = run(bundle, routing="cache-prior", prior_strength=50.0)
+    assert first == again
+    assert report["hit_rate"] >= 2 / 3 > stock["hit_rate"]
+    assert report["routing"] == "cache-prior strength=50 top_j=1 scaling=mean"
+    assert 1 / 3 <= report["route_agreement"] < 1
+
+
+def test_routers_change_on_an_open_engine(bundle: Path) -> None:
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4, context=64, dtype="fp32")) as engine:
+        ask = GenerateOptions(8, ignore_eos=True)
+        stock = [token.id for token in engine.generate(IDS, ask)]
+        engine.use_router("base", CachePrior(50.0))
+        assert engine.options.prior == CachePrior(50.0)
+        list(engine.generate(IDS, ask))
+        assert engine.summary().route_agreement is not None
+        engine.use_router("base")
+        assert engine.options.prior is None
+        assert [token.id for token in engine.generate(IDS, ask)] == stock
+        with pytest.raises(UsageError, match="no router 'chat'"):
+            engine.use_router("chat")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing": "nearest"}, "unknown routing 'nearest' \\(known: stock, cache-prior\\)"),
+        ({"prior_strength": 0.2}, "need --routing cache-prior"),
+        ({"routing": "cache-prior", "prior_strength": -1.0}, "--prior-strength -1.0: expected a number from 0"),
+        ({"routing": "cache-prior", "prior_strength": float("nan")}, "--prior-strength nan"),
+        ({"routing": "cache-prior", "prior_top_j": 4}, "--prior-top-j 4: expected 0 to 3"),
+        ({"routing": "cache-prior", "prior_scaling": "max"}, "unknown prior scaling 'max'"),
+    ],
+)
+def test_impossible_options_are_refused(bundle: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine.open(bundle, dataclasses.replace(EngineOptions(slots_per_layer=4), **options))
