@@ -71,8 +71,10 @@ def test_every_method_is_named_once_and_tunes_something() -> None:
     assert by_name["all together"].prior > 0
 
 
-def _point(method: str, perplexity: float, missed: float, seed: int = 0, tuned_for: int = 0) -> dict[str, Any]:
-    quality = {"perplexity": perplexity, "kl": 0.01, "agreement": 0.9, "eor": 0.3}
+def _point(
+    method: str, perplexity: float, missed: float, seed: int = 0, tuned_for: int = 0, eor: float = 0.3
+) -> dict[str, Any]:
+    quality = {"perplexity": perplexity, "kl": 0.01, "agreement": 0.9, "eor": eor}
     return {
         "method": method,
         "strength": 1.0,
@@ -100,7 +102,7 @@ def test_rows_average_seeds_and_take_the_router_tuned_for_the_nearest_size() -> 
 
 def test_verdict_by_hand(tmp_path: Path) -> None:
     """ReMoE saves 10 % at +0.5 %; the other method saves 30 % at the same cost, and 60 % at one that does not count."""
-    points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8), _point("best", 10.06, 1.4)]
+    points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8, eor=0.38), _point("best", 10.06, 1.4)]
     points.append(_point("best", 11.0, 0.8) | {"strength": 2.0})
     best = best_at_equal_perplexity(rows(points, 4), 10.05)
     assert best["best"].misses == 1.4
