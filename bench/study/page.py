@@ -112,7 +112,11 @@ def _verdict(found: list[Row], reference: Row, stock: Row) -> list[str]:
     limit = max(reference.perplexity, stock.perplexity)
     best = best_at_equal_perplexity(found, limit)
     saved = stock.misses - reference.misses
-    lines = [f"At most the perplexity {limit:.2f} (+{EQUAL:.1%}), fewest misses of each method:", ""]
+    lines = [
+        f"ReMoE has at least the published gain of EOR from strength {reference.strength:g} on. Fewest misses of each "
+        f"method at its perplexity, {limit:.2f} (+{EQUAL:.1%}), or below:",
+        "",
+    ]
     for name, row in best.items():
         factor = f", {(stock.misses - row.misses) / saved:.1f} x ReMoE's saving" if saved > 0 else ""
         lines.append(f"* {name} ({row.strength:g}): {_percent(row.misses, stock.misses)}{factor}")
