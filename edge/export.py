@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ EXAMPLES = """
 edge export ./Qwen1.5-MoE-A2.7B qwen.bundle
 edge export allenai/OLMoE-1B-7B-0924 olmoe.bundle
 edge export ./new-training qwen.bundle --force
+edge export ./Qwen1.5-MoE-A2.7B ./qwen-tuned --hf --router chats.router.safetensors
 """
 _GRAPHS = ("fp16", "fp32")
 
@@ -37,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", default=defaults.name, help="how the manifest calls the source (default: its folder)")
     parser.add_argument("--force", action="store_true", help="replace the bundle OUT, once the new one is complete")
+    parser.add_argument(
+        "--hf",
+        action="store_true",
+        help="write a Hugging Face checkpoint with the gates of --router instead of a bundle",
+    )
+    parser.add_argument("--router", metavar="FILE", type=Path, help="the tuned gates of --hf (edge tune)")
+    parser.add_argument(
+        "--gate-dtype",
+        choices=["fp32", "same"],
+        default="fp32",
+        help="of the gates of --hf: fp32, or the same as in CHECKPOINT, which rounds them (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -45,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from export.exporter import export_bundle
     from export.writer import ProgressEvent
 
+    if args.hf:
+        return _run_hf(args)
+    if args.router is not None:
+        raise UsageError("--router goes with --hf: a bundle takes routers when it runs, edge generate --router FILE")
     if not 1 <= args.workers <= 64:
         raise UsageError(f"--workers {args.workers}: expected 1 to 64")
     options = ExportOptions(_graphs(args.graphs), args.workers, args.force, args.name)
@@ -78,6 +96,35 @@ def run(args: argparse.Namespace) -> int:
     else:
         rate = f"{console.format_bytes((size - reused) / seconds)}/s"
         print(f"{args.out}: {result['files']} files, {console.format_bytes(size)}, {seconds:.1f} s, {rate}")
+    return 0
+
+
+def _run_hf(args: argparse.Namespace) -> int:
+    """A checkpoint with tuned gates."""
+    from export.hf import export_hf
+
+    if args.router is None:
+        raise UsageError("--hf needs --router FILE, the tuned gates (edge tune)")
+    if args.force:
+        raise UsageError("--hf replaces no folder, not even with --force: remove it yourself")
+    with console.Progress(quiet=args.json) as bars:
+        done = export_hf(
+            args.checkpoint,
+            Path(args.out).absolute(),
+            args.router,
+            args.gate_dtype,
+            lambda done, total: bars.update("copy", done, total),
+        )
+    if done.left_out:
+        console.note(f"left out, as their gates are not tuned: {', '.join(done.left_out)}")
+    if done.rounded:
+        who = f"rounded to {done.narrow_dtype}" if args.gate_dtype == "same" else f"loaded as {done.narrow_dtype}"
+        console.note(f"gates {who} choose otherwise in {100 * done.rounded:.2f} % of the choices for random inputs")
+    result = {"checkpoint": str(args.out), "gate_dtype": args.gate_dtype, **dataclasses.asdict(done)}
+    if args.json:
+        console.print_json(result)
+    else:
+        print(f"{args.out}: {done.files} files, {console.format_bytes(done.bytes)}, {done.gates} gates tuned")
     return 0
 
 
