@@ -75,6 +75,14 @@ def format_bytes(size_bytes: float) -> str:
     return f"{value:.{max(0, 3 - len(f'{abs(value):.0f}'))}f} {unit}"
 
 
+def format_number(value: float | None, factor: float = 1.0) -> str:
+    """`value` x `factor` in three significant digits without an exponent; a dash for None."""
+    if value is None:
+        return "-"
+    scaled = value * factor
+    return f"{scaled:.{0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2}f}"
+
+
 class Progress:
     """Progress bars of named stages on stderr; silent when stderr is no terminal or `quiet`.
 

@@ -81,16 +81,16 @@ def summary_rows(summary: dict[str, Any]) -> list[list[str]]:
     """The figures of a run as people read them; a dash where nothing was measured."""
     energy, telemetry, parts = summary["energy"], summary["telemetry"] or {}, summary["parts_ms"] or {}
     done = f"{summary['requests']} of {summary['requests_wanted']}"
-    tpot = ", ".join(f"{name} {_number(value)}" for name, value in summary["tpot_ms"].items())
-    shares = ", ".join(f"{name.removesuffix('_ms')} {_number(ms)}" for name, ms in parts.items()) or "-"
-    joules, rails = _number(energy["joules_per_token"]), " + ".join(energy["rails"]) or "no power rail"
+    tpot = ", ".join(f"{name} {console.format_number(value)}" for name, value in summary["tpot_ms"].items())
+    shares = ", ".join(f"{name.removesuffix('_ms')} {console.format_number(ms)}" for name, ms in parts.items()) or "-"
+    joules, rails = console.format_number(energy["joules_per_token"]), " + ".join(energy["rails"]) or "no power rail"
     return [
         ["requests", f"{done}, {summary['decode_tokens']} tokens decoded"],
-        ["TTFT", f"median {_number(summary['ttft_ms']['median'])} ms"],
+        ["TTFT", f"median {console.format_number(summary['ttft_ms']['median'])} ms"],
         ["TPOT", f"{tpot} ms"],
         ["parts", f"{shares} ms"],
-        ["hit rate", f"{_number(summary['hit_rate'], 100)} %"],
-        ["read", f"{_number(summary['bytes_per_token'], 1e-6)} MB per token"],
+        ["hit rate", f"{console.format_number(summary['hit_rate'], 100)} %"],
+        ["read", f"{console.format_number(summary['bytes_per_token'], 1e-6)} MB per token"],
         ["energy", f"{joules} J per token ({rails})"],
         ["temperature", f"{_between(telemetry.get('temperature_c'))} °C"],
     ]
@@ -98,11 +98,3 @@ def summary_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def _between(found: dict[str, float] | None) -> str:
     return f"{found['min']:.1f} to {found['max']:.1f}" if found else "-"
-
-
-def _number(value: float | None, factor: float = 1.0) -> str:
-    """Three significant digits, no exponent."""
-    if value is None:
-        return "-"
-    scaled = value * factor
-    return f"{scaled:.{0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2}f}"
