@@ -21,15 +21,24 @@ BUNDLE   ?= $(OUT)/demo.bundle
 WORKLOADS ?= sharegpt gsm8k humaneval
 PROFILE_ARGS ?= --slots-per-layer 8
 PROFILE  ?= $(OUT)/profile
+# What `make engines` adds to the command: ENGINES_ARGS=--check needs no GPU.
+ENGINES_ARGS ?=
+# A Jetson: the release of its Linux (36 is JetPack 6 with CUDA 12.6, 39 is JetPack 7 with CUDA 13), where torch for it comes
+# from, and which cuda-python its driver takes.
+L4T := $(shell sed -n 's/^\# R\([0-9]*\).*/\1/p' /etc/nv_tegra_release 2>/dev/null)
+BOARD_INDEX ?= $(if $(filter 36,$(L4T)),--index-url https://pypi.jetson-ai-lab.io/jp6/cu126)
+BOARD_TORCH ?= torch>=2.6
+BOARD_CUDA  ?= $(if $(filter 36,$(L4T)),cuda-python>=12.6.1$(comma)<13,cuda-python>=13$(comma)<14)
+comma := ,
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-large demo-model test test-fast lint bench profile report clean
+.PHONY: help venv demo demo-large demo-model demo-native test test-fast lint engines gpu setup-board bench profile report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed ## create .venv with the edge command
 
@@ -65,6 +74,9 @@ demo-large: $(VENV)/.installed ## the same with 1.27 GB of larger experts, whose
 demo-model: $(VENV)/.installed-test ## train the demo model anew, from the dense one (about 100 minutes on two cores)
 	$(BIN)/python -m demo.distill.train --out $(OUT)/demo-model
 
+demo-native: $(VENV)/.installed ## train the committed small twin anew, from nothing (20 minutes on one thread)
+	$(BIN)/python -m demo.native.train --out $(OUT)/native
+
 test: $(VENV)/.installed-test ## all tests (a GPU is used where there is one)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
@@ -75,6 +87,22 @@ lint: $(VENV)/.installed-test ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+engines: $(VENV)/.installed ## build the TensorRT engines of BUNDLE= for this machine's GPU (ENGINES_ARGS=--check: no GPU)
+	$(BIN)/edge engines $(BUNDLE) $(ENGINES_ARGS)
+
+gpu: $(VENV)/.installed ## everything that only a GPU can show, with BUNDLE=, into one JSON file
+	$(BIN)/python -m bench.gpu $(BUNDLE) --out $(OUT)/gpu.json
+
+setup-board: ## on a Jetson: system packages (asks for sudo), .venv that sees TensorRT, torch and cuda-python for its JetPack
+	@test -n "$(L4T)" || { echo "make: setup-board is for a Jetson, and there is no /etc/nv_tegra_release here: make venv" >&2; exit 1; }
+	sudo apt-get install -y python3-venv python3-dev build-essential python3-libnvinfer
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	@# torch first and alone: beside the other packages' index the newest release would win, which may be for another CUDA.
+	$(BIN)/python -m pip install --quiet $(BOARD_INDEX) "$(BOARD_TORCH)"
+	$(MAKE) venv VENV_ARGS=--system-site-packages TORCH=torch
+	$(BIN)/python -m pip install --quiet "$(BOARD_CUDA)" -e ".[board]"
+	$(BIN)/edge doctor
 
 bench: $(VENV)/.installed ## read rate, decode speed and their ceilings on this machine
 	$(BIN)/python -m bench --out $(OUT)/bench

@@ -189,6 +189,37 @@ def hub_config(c: NativeConfig, end_of_text: int) -> dict[str, Any]:
     }
 
 
+def load_hub_state(model: NativeModel, state: dict[str, Tensor]) -> None:
+    """The inverse of `hub_state`. Raises KeyError or RuntimeError for the weights of another model."""
+    own = dict(model.named_parameters())
+    for prefix, layer in ((f"model.layers.{index}.", f"layers.{index}.") for index in range(model.config.layers)):
+        mlp = f"{prefix}mlp."
+        experts = [f"{mlp}experts.{expert}." for expert in range(model.config.experts)]
+        gate_up = [torch.cat([state[f"{e}gate_proj.weight"], state[f"{e}up_proj.weight"]]) for e in experts]
+        shared = [state[f"{mlp}shared_expert.{part}_proj.weight"] for part in ("gate", "up")]
+        values = {f"attention.{name}": state[f"{prefix}self_attn.{name}"] for name in _attention_names(model)}
+        values |= {
+            "input_norm.weight": state[f"{prefix}input_layernorm.weight"],
+            "post_norm.weight": state[f"{prefix}post_attention_layernorm.weight"],
+            "moe.gate": state[f"{mlp}gate.weight"],
+            "moe.gate_up": torch.stack(gate_up),
+            "moe.down": torch.stack([state[f"{e}down_proj.weight"] for e in experts]),
+            "moe.shared_gate_up.weight": torch.cat(shared),
+            "moe.shared_down.weight": state[f"{mlp}shared_expert.down_proj.weight"],
+            "moe.shared_gate.weight": state[f"{mlp}shared_expert_gate.weight"],
+        }
+        for name, value in values.items():
+            own[layer + name].data.copy_(value)
+    own["embedding.weight"].data.copy_(state["model.embed_tokens.weight"])
+    own["norm.weight"].data.copy_(state["model.norm.weight"])
+
+
+def _attention_names(model: NativeModel) -> list[str]:
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    return [name for name, _ in layer.attention.named_parameters()]
+
+
 def hub_state(model: NativeModel) -> dict[str, Tensor]:
     """Weights in bf16 under the names of the Qwen2-MoE layout, one tensor per expert and projection."""
     state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from demo.data import load
 from demo.native.corpus import TEXTS, token_stream, train_tokenizer, windows
-from demo.native.model import NativeConfig, NativeModel
+from demo.native.model import NativeConfig, NativeModel, load_hub_state
 from demo.native.muon import Muon
-from demo.native.save import save_checkpoint
+from demo.native.save import WEIGHTS, save_checkpoint
 from runtime.errors import EdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Training:
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding, routers, norms, biases
     weight_decay: float = 0.1
+    peak: float = 1.0  # factor of the learning rates after the warm-up; less than 1 to go on from a checkpoint
     warm_up_steps: int = 30
     balance: float = 0.02  # weight of the load-balancing loss
     router_z: float = 1e-4
@@ -82,7 +83,8 @@ class Clock:
     @property
     def rate(self) -> float:
         """Factor of the learning rates now."""
-        return min(1.0, (self.step + 1) / self._training.warm_up_steps) * max(0.0, 1 - self.share)
+        warm = min(1.0, (self.step + 1) / self._training.warm_up_steps)
+        return self._training.peak * warm * max(0.0, 1 - self.share)
 
 
 def optimizers(model: NativeModel, training: Training) -> list[torch.optim.Optimizer]:
@@ -190,10 +192,11 @@ def _report(log: IO[str], clock: Clock, training: Training, cross_entropy: float
     print(json.dumps(row), file=sys.stderr, flush=True)
 
 
-def run(config: NativeConfig, training: Training, out: Path, download: Path) -> None:
-    """Texts, tokenizer, model, training: everything that `out` needs.
+def run(config: NativeConfig, training: Training, out: Path, download: Path, start: Path | None = None) -> None:
+    """Texts, tokenizer, model, training: everything that `out` needs. `start`: go on from this checkpoint's weights.
 
-    Raises UsageError when `out` holds something already, EdgeError when the texts cannot be fetched.
+    Raises UsageError when `out` holds something already or `start` is another model's, EdgeError when the texts cannot
+    be fetched.
     """
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: remove it, or choose another --out")
@@ -205,10 +208,13 @@ def run(config: NativeConfig, training: Training, out: Path, download: Path) -> 
     torch.manual_seed(training.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = NativeModel(config).to(device)
+    if start is not None:
+        _load(model, start)
     out.mkdir(parents=True, exist_ok=True)
     facts = {
         "model": asdict(config),
         "training": asdict(training),
+        "start": str(start) if start else None,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -220,6 +226,16 @@ def run(config: NativeConfig, training: Training, out: Path, download: Path) -> 
     train(model, stream, held_out, training, out, tokenizer)
 
 
+def _load(model: NativeModel, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        load_hub_state(model, load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise UsageError(f"{folder / WEIGHTS}: not a checkpoint of this recipe: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo.native.train", description=(__doc__ or "").splitlines()[0])
@@ -228,13 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help=f"length of the training (default: {Training.minutes:g})")
     length.add_argument("--steps", type=int, help="length in steps instead: the same weights again on the same machine")
+    parser.add_argument("--start", type=Path, help="go on from the weights in this folder, with a --peak below 1")
+    parser.add_argument("--peak", type=float, default=Training.peak, help="factor of the learning rates (default: 1)")
+    parser.add_argument("--balance", type=float, default=Training.balance, help="weight of the load-balancing loss")
     options = parser.parse_args(argv)
-    if options.steps is not None:
-        training = Training(minutes=None, steps=options.steps)
-    else:
-        training = Training(minutes=options.minutes or Training.minutes)
+    minutes = None if options.steps is not None else options.minutes or Training.minutes
+    training = Training(minutes=minutes, steps=options.steps, peak=options.peak, balance=options.balance)
     try:
-        run(NativeConfig(), training, options.out, options.download)
+        run(NativeConfig(), training, options.out, options.download, options.start)
     except EdgeError as error:
         print(f"native: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from demo import data
+from demo.native import CHECKPOINT, curve, held_out_chapters
 from demo.native import train as train_module
 from demo.native.corpus import END_OF_TEXT_ID, token_stream, train_tokenizer, windows
-from demo.native.model import MixtureOfExperts, NativeConfig, NativeModel
+from demo.native.curve import read_log
+from demo.native.model import MixtureOfExperts, NativeConfig, NativeModel, load_hub_state
 from demo.native.muon import orthogonal
 from demo.native.train import Clock, Training, evaluate, run
 from runtime.errors import UsageError
@@ -75,6 +78,25 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("tiny_texts")
+def test_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    from demo.native.save import save_checkpoint
+
+    torch.manual_seed(4)
+    model = NativeModel(TINY)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter).to(torch.bfloat16).float()
+    (tmp_path / "start").mkdir()
+    save_checkpoint(model, train_tokenizer(list(CHAPTERS.values()), TINY.vocab_size), tmp_path / "start")
+    run(TINY, replace(SHORT, steps=1), tmp_path / "on", tmp_path, tmp_path / "start")  # its only step has rate 1 / 5
+    again = NativeModel(TINY)
+    load_hub_state(again, load_file(tmp_path / "start" / "model.safetensors"))
+    for (name, before), (_, after) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(before, after), name
+    with pytest.raises(UsageError, match="not a checkpoint of this recipe"):
+        run(replace(TINY, experts=9), SHORT, tmp_path / "other", tmp_path, tmp_path / "start")
 
 
 def test_mixture_token_by_token() -> None:
@@ -155,3 +177,42 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "a").touch()
     assert train_module.main(["--out", str(tmp_path), "--steps", "1"]) == UsageError.exit_code
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_texts")
+def test_the_same_steps_give_the_same_weights(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(TINY, replace(SHORT, steps=2), tmp_path / name, tmp_path)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+def test_the_committed_twin() -> None:
+    """It loads with no code of its own, predicts chapters that it has not seen, and every expert has work."""
+    from tokenizers import Tokenizer
+
+    from demo.evaluate import load_model
+    from demo.measure import score, text_rows
+
+    model = load_model(str(CHECKPOINT), Path("unused"))
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    found = score(model, text_rows(tokenizer, held_out_chapters(), 512, 2048))
+    assert found.routing is not None
+    # an untrained model of its kind: 2,048; the frequency of words alone: about 390
+    assert found.perplexity < 45 and found.tokens == 2048
+    assert found.routing.chance == 0.125 < found.routing.mean_overlap < 0.5
+    assert min(map(min, found.routing.loads)) > 0
+
+
+def test_the_held_out_chapters_are_of_the_test_part() -> None:
+    chapters = held_out_chapters()
+    assert len(chapters) >= 3 and all(len(chapter) > 300 and "\n" in chapter for chapter in chapters)
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    columns = ["tokens", "training_cross_entropy", "validation_perplexity", "least_load", "most_load", "reuse"]
+    log = tmp_path / "training.jsonl"
+    log.write_text("".join(json.dumps(dict.fromkeys(columns, n)) + "\n" for n in (1, 2)))
+    assert read_log(log)["tokens"] == [1, 2]
+    curve.main([str(log), str(tmp_path / "x.png")])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
