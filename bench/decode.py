@@ -2,7 +2,7 @@
 
     python -m bench.decode out/synthetic.bundle --slots 8 16 30 all
 
-Prints TPOT over the schedule floor (bench/floor.py), over active bytes / memory bandwidth where every expert is
+Prints TPOT over the schedule floor (profiles/floor.py), over active bytes / memory bandwidth where every expert is
 resident, the engine's read rate over the best raw one, and what a prefill of 512 tokens reads.
 """
 
@@ -20,8 +20,8 @@ import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
 from bench.disk import MIB, THREADS, blob_files, measure_reads
-from bench.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.bandwidth import measure_bandwidth
+from profiles.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.random_model import decode_random, random_ids
 from runtime import backends
 from runtime.bundle import Bundle
@@ -175,7 +175,7 @@ def run(path: Path, options: DecodeOptions) -> None:
     set_threads(options.threads)
     bundle = Bundle.open(path)
     experts = bundle.config.router.num_experts
-    parts = Parts(bundle, backends.choose(options.backend)[0], DTYPES[options.dtype])
+    parts = Parts.load(bundle, backends.choose(options.backend)[0], DTYPES[options.dtype])
     say(f"a token's weights: {active_bytes(bundle.config) / MB:.0f} MB; {torch.get_num_threads()} threads")
     settings = []
     for slots in options.slots:

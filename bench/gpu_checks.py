@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.floor import active_bytes
+from profiles.floor import active_bytes
 from runtime.backends.tensorrt_backend import ready
 from runtime.bounce import reachable
 from runtime.bundle import Bundle

@@ -13,9 +13,9 @@ from bench.cgroup import MemoryGroup, Verdict
 from bench.common import interleaved
 from bench.decode import DecodeOptions, Round, parse_slots, summarise
 from bench.disk import MIB, ReadRates, blob_files, measure_reads, measure_write
-from bench.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
 from bench.memory_limit import LimitOptions, check_enough, check_refused
 from profiles.bandwidth import median_seconds
+from profiles.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
 from profiles.raw_reads import RawReader, page_aligned
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 from runtime.errors import EdgeError, UsageError

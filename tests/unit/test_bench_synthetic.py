@@ -14,9 +14,9 @@ import pytest
 
 from bench.decode import DecodeOptions, measure_setting, prefill_reads
 from bench.export import largest_tensor_bytes
-from bench.floor import Parts
 from bench.synthetic import write_synthetic
 from export.exporter import export_bundle
+from profiles.floor import Parts
 from profiles.random_model import SyntheticOptions, Windows, decode_random, layer_shapes
 from runtime.bundle import Bundle
 from runtime.engine import Engine, EngineOptions
@@ -77,7 +77,7 @@ def test_index_counts_every_byte(checkpoint: Path) -> None:
 
 def test_parts_and_one_setting(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    parts = Parts(opened, "torch", DTYPES["fp16"])
+    parts = Parts.load(opened, "torch", DTYPES["fp16"])
     options = DecodeOptions(slots=(2,), tokens=8, rounds=1, backend="torch")
     try:
         setting = measure_setting(opened, parts, options, slots=2)
