@@ -100,6 +100,8 @@ def _tune(args: argparse.Namespace, options: TuneOptions, workers: Workers) -> i
     options.check(config, workers.count)
     train, held_out, data_sha256 = _sequences(args, path, config)
     _say(args, workers, f"{train.tokens:,} tokens in {len(train)} sequences, {len(held_out or ())} held out")
+    if options.lr_warmup_steps > options.steps:
+        _say(args, workers, f"a warm-up of {options.lr_warmup_steps} steps outlasts the run: try --lr-warmup")
     model = _load_model(path, args).to(workers.device)
     start = _start_gates(args, config, model)
     slots = _slots(args, options, config)
@@ -252,7 +254,9 @@ def _tokenizer(path: Path) -> Any:
 
     if not (path / "tokenizer.json").is_file():
         raise UsageError(f"{path}: no tokenizer.json: name a folder with one, --tokenizer DIR")
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    tokenizer.model_max_length = 1 << 30  # documents are cut into sequences later: no warnings of long ones
+    return tokenizer
 
 
 def _load_model(path: Path, args: argparse.Namespace) -> Any:
