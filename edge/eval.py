@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--workload", metavar="W", help="the prompts of a workload, read as texts: as in edge profile")
     source.add_argument("--tasks", metavar="T", nargs="+", help="tasks of lm-evaluation-harness, by name (extra: eval)")
     add = group.add_argument
-    add("--window", metavar="N", type=int, default=512, help="tokens of text per request (default: 512)")
+    add("--window", metavar="N", type=int, help="tokens of text per request (default: 512, or the context)")
     add("--tokens", metavar="N", type=int, help="so many tokens of text in all")
     add("--prompts", metavar="N", type=int, help="with --workload: only so many of its prompts")
     add("--slots", metavar="N", type=int, nargs="+",
@@ -112,7 +112,7 @@ def _judge(engine: Engine, args: argparse.Namespace, routers: list[str], priors:
 
 def _windows(engine: Engine, args: argparse.Namespace) -> tuple[list[list[int]], Origin]:
     from remoe.trace import Origin
-    from remoe.windows import text_windows, windows
+    from remoe.windows import text_windows, window_tokens, windows
 
     if args.text:
         return text_windows(engine, args.text, args.window, args.tokens)
@@ -120,7 +120,7 @@ def _windows(engine: Engine, args: argparse.Namespace) -> tuple[list[list[int]],
 
     workload = load_workload(args.workload, args.download)
     ids = [engine.encode(prompt.text) for prompt in workload.prompts[: args.prompts]]
-    return windows(ids, min(args.window, engine.context), args.tokens), Origin(workload.name, workload.sha256)
+    return windows(ids, window_tokens(engine, args.window), args.tokens), Origin(workload.name, workload.sha256)
 
 
 def _save(results: list[Evaluation], folder: Path) -> None:

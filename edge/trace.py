@@ -54,7 +54,8 @@ def add_sources(group: argparse._ArgumentGroup) -> None:
                         help="text that is read, not continued: .txt, or .jsonl with one per line")  # fmt: skip
     group.add_argument("--prompts", metavar="N", type=int, help="only so many of the workload")
     group.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
-    group.add_argument("--window", metavar="N", type=int, default=512, help="tokens of text per request (default: 512)")
+    group.add_argument("--window", metavar="N", type=int,
+                       help="tokens of text per request (default: 512, or the context)")  # fmt: skip
     group.add_argument("--tokens", metavar="N", type=int, help="so many tokens of text in all")
     group.add_argument("--download", metavar="DIR", type=Path, default=Path("out/download"), help="where workloads are")
 

@@ -10,22 +10,29 @@ from remoe.trace import Origin
 from runtime.engine import Engine
 from runtime.errors import UsageError
 
+WINDOW = 512  # tokens
+
 
 def text_windows(
-    engine: Engine, paths: Sequence[Path], length: int, limit: int | None = None
+    engine: Engine, paths: Sequence[Path], length: int | None, limit: int | None = None
 ) -> tuple[list[list[int]], Origin]:
     """The files' documents as windows of at most `length` tokens, `limit` in all, and where they come from.
 
     Raises UsageError for files that hold no text, a context shorter than a window, or a bundle without tokenizer.
     """
-    if length > engine.context:
-        raise UsageError(f"--window {length} is longer than the context of {engine.context}: use --context")
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise UsageError(f"{engine.bundle.path} has no tokenizer, so it cannot read a text")
     documents, digest = read_documents(list(paths))
     ids = encode(documents, tokenizer.encode, lambda messages: tokenizer.apply_chat(messages, False), None)
-    return windows(ids, length, limit), Origin(", ".join(path.name for path in paths), digest)
+    return windows(ids, window_tokens(engine, length), limit), Origin(", ".join(path.name for path in paths), digest)
+
+
+def window_tokens(engine: Engine, asked: int | None) -> int:
+    """WINDOW, or what the context allows, or what was asked for. Raises UsageError when that is too long."""
+    if asked is not None and asked > engine.context:
+        raise UsageError(f"--window {asked} is longer than the context of {engine.context}: use --context")
+    return min(WINDOW, engine.context) if asked is None else asked
 
 
 def windows(documents: Sequence[Sequence[int]], length: int, limit: int | None = None) -> list[list[int]]:
