@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge import console
 from edge.answer import print_answer
-from edge.interrupt import Interrupt
+from edge.interrupt import Interrupt, Terminated
 from edge.options import add_engine_arguments, add_generate_arguments, engine_options, generate_options
 from edge.report import summary_rows
 from runtime.errors import UsageError
@@ -93,6 +93,8 @@ class Conversation:
             console.error(f"{error}\n  /reset starts a new conversation")
             return
         self._messages = [*messages, {"role": "assistant", "content": text}]
+        if interrupt.terminated:
+            raise Terminated
 
     def _show_stats(self) -> None:
         try:
@@ -133,8 +135,8 @@ def _read_line() -> str | None:
             return input("> " if terminal else "")
         except EOFError:
             return None
-        except KeyboardInterrupt:
-            if not terminal:
+        except KeyboardInterrupt as error:
+            if not terminal or isinstance(error, Terminated):
                 raise
             print(file=sys.stderr)  # leave the line that was begun
             console.note("/exit or Ctrl-D leaves")

@@ -3,7 +3,8 @@
 A subcommand is a module edge/NAME.py with `NAME`, `HELP` (one line), `EXAMPLES` (runnable lines),
 `add_arguments(parser)` and `run(args) -> int`. It is imported only when it is chosen: `edge --help` answers at once.
 
-Exit codes: 0 done, 1 something failed, 2 the request cannot be carried out as it stands, 130 interrupted.
+Exit codes: 0 done, 1 something failed, 2 the request cannot be carried out as it stands, 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
 from edge import console
+from edge.interrupt import Termination
 from runtime import __version__
 from runtime.errors import EdgeError, UsageError
 
@@ -41,7 +43,7 @@ COMMANDS = {
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }
 MODULES = {"report": "report_html"}  # a subcommand whose module has another name
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # what a shell reports for a program that Ctrl-C or SIGTERM ended
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 _EXAMPLES = """\
@@ -79,11 +81,18 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `edge` with `argv` (default: the process's arguments) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with Termination() as termination:
+        code = _guarded(words, termination)
+    return TERMINATED if code == INTERRUPTED and termination.received else code
+
+
+def _guarded(words: list[str], termination: Termination) -> int:
+    """Run the command; whatever it raises becomes one message and an exit code."""
     debug = "--debug" in words
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
-        console.error("interrupted")
+        console.error("terminated" if termination.received else "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away; what is still buffered must not raise again at exit.
