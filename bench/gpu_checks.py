@@ -122,14 +122,30 @@ def decode_tensorrt(settings: Settings, gpu: Device) -> Result:
     return _decode(settings, gpu, "tensorrt")
 
 
+def decode_graphs(settings: Settings, gpu: Device) -> Result:
+    """The same with CUDA graphs: what decides whether they become the default."""
+    _engines(settings)
+    return _decode(settings, gpu, "tensorrt", graphs=True)
+
+
+def graphs_parity(settings: Settings, gpu: Device) -> Result:
+    """Greedy tokens with CUDA graphs against the same engines without."""
+    _engines(settings)
+    plain, launched = (_tokens(settings, graphs) for graphs in (False, True))
+    same = next((i for i, pair in enumerate(zip(plain, launched, strict=True)) if pair[0] != pair[1]), len(plain))
+    return {"ok": same >= len(plain) // 2, "tokens": len(plain), "equal_from_the_start": same}
+
+
 CHECKS: dict[str, Callable[[Settings, Device], Result]] = {
     "parity": parity,
     "arena_reads": arena_reads,
     "slot_overwrites": slot_overwrites,
     "tensorrt_parity": tensorrt_parity,
+    "graphs_parity": graphs_parity,
     "read_rates": read_rates,
     "decode_cuda": decode_cuda,
     "decode_tensorrt": decode_tensorrt,
+    "decode_graphs": decode_graphs,
 }
 
 
@@ -137,6 +153,13 @@ def _logits(settings: Settings, backend: Any, dtype: Any) -> torch.Tensor:
     options = EngineOptions(backend=backend, dtype=dtype, slots_per_layer=None, context=settings.context)
     with Engine.open(settings.bundle, options) as engine:
         return engine.logits(_prompt(engine.config.vocab_size))
+
+
+def _tokens(settings: Settings, graphs: bool) -> list[int]:
+    options = EngineOptions(backend="tensorrt", context=settings.context, cuda_graphs=graphs)
+    with Engine.open(settings.bundle, options) as engine:
+        prompt = _prompt(engine.config.vocab_size)
+        return [token.id for token in engine.generate(prompt, GenerateOptions(settings.tokens, ignore_eos=True))]
 
 
 def _prompt(vocabulary: int) -> list[int]:
@@ -192,9 +215,11 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int16).to(torch.int64).sum()
 
 
-def _decode(settings: Settings, gpu: Device, backend: Any) -> Result:
+def _decode(settings: Settings, gpu: Device, backend: Any, graphs: bool = False) -> Result:
     """The floor is what one token reads, over the rate at which this GPU reads; misses come on top of it."""
-    options = EngineOptions(backend=backend, slots_per_layer=settings.slots_per_layer, context=settings.context)
+    options = EngineOptions(
+        backend=backend, slots_per_layer=settings.slots_per_layer, context=settings.context, cuda_graphs=graphs
+    )
     with Engine.open(settings.bundle, options) as engine:
         for _ in range(2):  # the first fills the cache
             tokens = engine.generate(

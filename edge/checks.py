@@ -131,11 +131,6 @@ def telemetry_check(jetson: bool, tegrastats: bool, jtop: bool) -> Check:
     return Check("telemetry", "SKIP", "tegrastats and jtop are for Jetson boards")
 
 
-def has_nvidia_gpu(root: Path = ROOT) -> bool:
-    """Whether the kernel shows an NVIDIA GPU, discrete or of a Jetson, whatever software there is for it."""
-    return any((root / name).exists() for name in ("dev/nvidia0", "dev/nvhost-gpu", "proc/driver/nvidia/version"))
-
-
 def _jetson_release(root: Path) -> str:
     """ "36.4.3" of a Jetson, "" elsewhere."""
     try:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from edge import console, probe
-from edge.checks import ROOT, Check, has_nvidia_gpu, machine_checks
+from edge.checks import ROOT, Check, machine_checks
 from edge.disk import disk_checks
+from runtime.backends import has_nvidia_gpu
 
 NAME = "doctor"
 HELP = "check this machine: memory, disk, back-ends"

@@ -61,6 +61,8 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     run.add_argument("--context", metavar="N", type=int,
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
     run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
+    run.add_argument("--cuda-graphs", action="store_const", const=True,
+                     help="with --backend tensorrt: launch each block of a token as one CUDA graph")  # fmt: skip
     return run
 
 

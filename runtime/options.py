@@ -40,6 +40,7 @@ class EngineOptions:
     direct_io: bool = True
     read_threads: int = 8
     threads: int | None = None  # of the arithmetic; default: the library's own choice
+    cuda_graphs: bool = False  # TensorRT: one launch per block and token; not the default until a GPU has shown a gain
     record: Path | None = None
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from runtime.errors import UsageError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runtime.backends.base import Backend
     from runtime.bundle import Bundle
 
-BackendName = Literal["auto", "torch", "onnxruntime", "cuda", "tensorrt"]
+BackendName = Literal["auto", "torch", "onnxruntime", "cuda", "onnxruntime-cuda", "tensorrt"]
 _ON_CPU = "torch: the default on a CPU"
 
 
@@ -25,14 +25,14 @@ def choose(name: str, bundle: Bundle | None = None, context: int = 1) -> tuple[s
     """
     if name == "auto":
         return _automatic(bundle, context)
-    if name in ("torch", "onnxruntime", "cuda", "tensorrt"):
+    if name in get_args(BackendName):
         return name, f"{name}: asked for"
-    raise UsageError(f"unknown back-end {name!r} (known: auto, torch, onnxruntime, cuda, tensorrt)")
+    raise UsageError(f"unknown back-end {name!r} (known: {', '.join(get_args(BackendName))})")
 
 
 def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     """Memory that a back-end will hold for the dense weights of a bundle, bytes."""
-    if name == "onnxruntime":
+    if name.startswith("onnxruntime"):
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend.weight_bytes(bundle, dtype)
@@ -45,19 +45,21 @@ def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     return TorchBackend.weight_bytes(bundle, dtype)
 
 
-def create(name: str, bundle: Bundle, dtype: torch.dtype, context: int = 1) -> Backend:
+def create(name: str, bundle: Bundle, dtype: torch.dtype, context: int = 1, cuda_graphs: bool = False) -> Backend:
     """Load the dense weights into a back-end chosen by `choose`, for a run over `context` tokens.
 
     Raises UsageError where what it needs is missing.
     """
-    if name == "onnxruntime":
+    if cuda_graphs and name != "tensorrt":
+        raise UsageError(f"--cuda-graphs launches TensorRT's engines, but the back-end is {name}: --backend tensorrt")
+    if name in ("onnxruntime", "onnxruntime-cuda"):
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(bundle, dtype)
+        return OnnxRuntimeBackend(bundle, dtype, provider="cuda" if name.endswith("cuda") else "cpu")
     if name == "tensorrt":
         from runtime.backends.tensorrt_backend import TensorRTBackend
 
-        return TensorRTBackend(bundle, dtype, context)
+        return TensorRTBackend(bundle, dtype, context, graphs=cuda_graphs)
     if name == "cuda":
         from runtime.backends.cuda_backend import CudaBackend
 

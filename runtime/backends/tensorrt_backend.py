@@ -13,6 +13,7 @@ import torch
 
 from runtime.backends.cuda_backend import GpuBackend
 from runtime.backends.tensorrt_engine import ALIGNMENT, DECODE, PREFILL, Part
+from runtime.backends.tensorrt_graphs import DecodeGraphs
 from runtime.backends.tensorrt_library import Library, load, make_logger
 from runtime.bundle import Bundle
 from runtime.cuda.device import Device, open_device
@@ -39,9 +40,11 @@ class TensorRTBackend(GpuBackend):
         gpu: Device | None = None,
         library: Library | None = None,
         store: EngineStore | None = None,
+        graphs: bool = False,
     ) -> None:
-        """`context`: rows of past that the run may reach. Raises UsageError where TensorRT, a GPU or an engine is
-        missing, and names the command that mends it.
+        """`context`: rows of past that the run may reach. `graphs`: launch the blocks of single tokens as CUDA graphs.
+
+        Raises UsageError where TensorRT, a GPU or an engine is missing, and names the command that mends it.
         """
         if dtype != torch.float16:
             raise UsageError(f"engines compute in fp16, not in {str(dtype).removeprefix('torch.')}: --dtype fp16")
@@ -55,6 +58,8 @@ class TensorRTBackend(GpuBackend):
         with gpu.stream.current():
             self._parts = self._load_parts(bundle, library, store, target, options)
             self._scratch_memory = self._share_scratch()
+        self._graphs = DecodeGraphs(self._config, gpu, self._parts) if graphs else None
+        self.arithmetic += ", as CUDA graphs" if graphs else ""
         self._rope = RopeTable(self._config.rope, self.device)
         self._mask: tuple[tuple[int, int], torch.Tensor] = ((0, 0), torch.zeros(0))
         self._no_past = tuple(
@@ -69,6 +74,8 @@ class TensorRTBackend(GpuBackend):
 
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         count, past = len(x), cache.length
+        if self._graphs is not None and count == 1 and past and _starts_aligned(cache, layer):
+            return self._graphs.run_block(layer, x, self._rope.rows(past, 1), cache)
         cos, sin = self._rope.rows(past, count)
         past_k, past_v = (rows[layer, :past] for rows in (cache.keys, cache.values)) if past else self._no_past
         inputs = {"x": x, "cos": cos, "sin": sin, "mask": self._causal_mask(past, count)}
@@ -128,6 +135,10 @@ class TensorRTBackend(GpuBackend):
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy of it where TensorRT could not take its address."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous() else tensor.clone()
+
+
+def _starts_aligned(cache: KVCache, layer: int) -> bool:
+    return all(rows[layer].data_ptr() % ALIGNMENT == 0 for rows in (cache.keys, cache.values))
 
 
 def find_options(bundle: Bundle, target: Target, store: EngineStore, context: int) -> EngineOptions:

@@ -5,7 +5,7 @@ The calls are those that TensorRT 10.3, 10.16, 11 and TensorRT-RTX share; what d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class Part:
         if self._engine is None:
             raise UsageError(f"{name}: {library} refuses the engine: remove it and run `edge engines BUNDLE` again")
         self._check()
-        self._contexts = [self._context(profile, stream) for profile in (DECODE, PREFILL)]
-        self._shapes: list[dict[str, tuple[int, ...]]] = [{}, {}]
+        self._scratch = (0, 0)
+        self._calls = [self.new_call(profile, stream) for profile in (DECODE, PREFILL)]
 
     @property
     def scratch_bytes(self) -> int:
@@ -40,33 +40,22 @@ class Part:
 
     def use_scratch(self, address: int, size_bytes: int) -> None:
         """Work in this memory, which other parts use, too: never two at the same time."""
-        for context in self._contexts:
-            if has(context, "set_device_memory"):
-                context.set_device_memory(address, size_bytes)
-            else:
-                context.device_memory = address
+        self._scratch = (address, size_bytes)
+        for call in self._calls:
+            call.use_scratch(address, size_bytes)
 
     def run(
         self, profile: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int
     ) -> None:
         """Give one call to the stream. All tensors are bound in place. Raises EdgeError when TensorRT refuses it."""
-        context, shapes = self._contexts[profile], self._shapes[profile]
-        for wanted in self._io.inputs:
-            tensor = inputs[wanted.name]
-            shape = tuple(tensor.shape)
-            if shapes.get(wanted.name) != shape:  # each change makes TensorRT work out its plan again
-                self._demand(context.set_input_shape(wanted.name, shape), f"input {wanted.name} of shape {shape}")
-                shapes[wanted.name] = shape
-            self._bind(context, wanted, tensor)
-        for wanted in self._io.outputs:
-            self._bind(context, wanted, outputs[wanted.name])
-        self._demand(context.execute_async_v3(stream), f"a call with shapes {shapes}")
+        self._calls[profile].run(inputs, outputs, stream)
 
-    def _bind(self, context: Any, wanted: TensorIO, tensor: torch.Tensor) -> None:
-        address = tensor.data_ptr()
-        assert tensor.is_contiguous() and tensor.dtype == _DTYPES[wanted.dtype], f"{self._name}: {wanted.name}"
-        assert address % ALIGNMENT == 0, f"{self._name}: {wanted.name} lies at {address:#x}"
-        self._demand(context.set_tensor_address(wanted.name, address), f"address {address:#x} of {wanted.name}")
+    def new_call(self, profile: int, stream: int) -> Call:
+        """A call with a context of its own in the same scratch memory, after `use_scratch`."""
+        call = Call(self._io, self._context(profile, stream), self._demand)
+        if self._scratch[0]:
+            call.use_scratch(*self._scratch)
+        return call
 
     def _demand(self, accepted: bool, what: str) -> None:
         if not accepted:
@@ -103,3 +92,38 @@ class Part:
                 f"{self._name}: the engine has the tensors {found} and {engine.num_optimization_profiles} profiles, "
                 f"expected {wanted} and 2: remove it and run `edge engines BUNDLE` again"
             )
+
+
+class Call:
+    """One context: the shapes and addresses that it was given last."""
+
+    def __init__(self, io: PartIO, context: Any, demand: Callable[[bool, str], None]) -> None:
+        """`demand` raises for what TensorRT has not accepted."""
+        self._io, self._context, self._demand = io, context, demand
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def use_scratch(self, address: int, size_bytes: int) -> None:
+        """See Part.use_scratch."""
+        if has(self._context, "set_device_memory"):  # TensorRT 10.1 and later
+            self._context.set_device_memory(address, size_bytes)
+        else:
+            self._context.device_memory = address
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """See Part.run."""
+        for wanted in self._io.inputs:
+            tensor = inputs[wanted.name]
+            shape = tuple(tensor.shape)
+            if self._shapes.get(wanted.name) != shape:  # each change makes TensorRT work out its plan again
+                self._demand(self._context.set_input_shape(wanted.name, shape), f"input {wanted.name} of shape {shape}")
+                self._shapes[wanted.name] = shape
+            self._bind(wanted, tensor)
+        for wanted in self._io.outputs:
+            self._bind(wanted, outputs[wanted.name])
+        self._demand(self._context.execute_async_v3(stream), f"a call with shapes {self._shapes}")
+
+    def _bind(self, wanted: TensorIO, tensor: torch.Tensor) -> None:
+        address = tensor.data_ptr()
+        assert tensor.is_contiguous() and tensor.dtype == _DTYPES[wanted.dtype], wanted.name
+        assert address % ALIGNMENT == 0, f"{wanted.name} lies at {address:#x}"
+        self._demand(self._context.set_tensor_address(wanted.name, address), f"address {address:#x} of {wanted.name}")

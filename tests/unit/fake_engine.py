@@ -60,13 +60,13 @@ def store_engines(bundle: Bundle, store: EngineStore, options: EngineOptions, ta
         store.commit(key, {})
 
 
-def fake_library(log: list[tuple[Any, ...]], without: tuple[str, ...] = ()) -> Library:
-    """TensorRT 10.3 as far as running goes."""
+def fake_library(log: list[tuple[Any, ...]], without: tuple[str, ...] = (), cuda: FakeCuda | None = None) -> Library:
+    """TensorRT 10.3 as far as running goes; with `cuda`, calls can be captured in its graphs."""
     strategies = SimpleNamespace(USER_MANAGED="user managed", STATIC="static")
     module = SimpleNamespace(
         __version__=TARGET.version,
         ILogger=_Logger,
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: _Engine(log, data, without)),
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: _Engine(log, data, without, cuda)),
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
         float16=HALF,
         float32=FLOAT,
@@ -79,8 +79,12 @@ def fake_library(log: list[tuple[Any, ...]], without: tuple[str, ...] = ()) -> L
 class _Engine:
     num_optimization_profiles = 2
 
-    def __init__(self, log: list[tuple[Any, ...]], data: memoryview, without: tuple[str, ...]) -> None:
+    def __init__(
+        self, log: list[tuple[Any, ...]], data: memoryview, without: tuple[str, ...], cuda: FakeCuda | None
+    ) -> None:
         import onnxruntime
+
+        self.cuda = cuda
 
         text = json.loads(bytes(data))
         self.part, self.log, self.without = text["part"], log, without
@@ -163,17 +167,25 @@ class _Context:
         whole = whole and {t.name for t in (*io.inputs, *io.outputs)} == set(self._addresses)
         if not whole or self._profile is None or not address or size < engine.scratch_bytes or stream != STREAM:
             return False
-        engine.log.append(("enqueue", engine.part, self._profile, dict(self._shapes), dict(self._addresses), address))
-        sizes = self._sizes()
-        feeds = {t.name: _array(self._addresses[t.name], t, self._shapes[t.name]) for t in io.inputs}
-        results = engine.session.run([t.name for t in io.outputs], {n: a.copy() for n, a in feeds.items()})
-        for tensor, result in zip(io.outputs, results, strict=True):
-            _array(self._addresses[tensor.name], tensor, tensor.shape(sizes))[...] = result
+        shapes, addresses = dict(self._shapes), dict(self._addresses)  # a graph keeps those of its capture
+        capturing = engine.cuda is not None and stream in engine.cuda.capturing
+        engine.log.append(
+            ("capture" if capturing else "enqueue", engine.part, self._profile, shapes, addresses, address)
+        )
+        if capturing:
+            assert engine.cuda is not None
+            engine.cuda.kernel(stream, lambda: self._compute(shapes, addresses))
+        else:
+            self._compute(shapes, addresses)
         return True
 
-    def _sizes(self) -> dict[str, int]:
-        count = next(iter(self._shapes.values()))[0]
-        return {"S": count, "T": self._shapes.get("past_k", (0,))[0], "n": count}
+    def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        io, count = self._engine.io, next(iter(shapes.values()))[0]
+        sizes = {"S": count, "T": shapes.get("past_k", (0,))[0], "n": count}
+        feeds = {t.name: _array(addresses[t.name], t, shapes[t.name]).copy() for t in io.inputs}
+        results = self._engine.session.run([t.name for t in io.outputs], feeds)
+        for tensor, result in zip(io.outputs, results, strict=True):
+            _array(addresses[tensor.name], tensor, tensor.shape(sizes))[...] = result
 
 
 def _array(address: int, tensor: TensorIO, shape: tuple[int, ...]) -> np.ndarray:

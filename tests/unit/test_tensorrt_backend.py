@@ -12,9 +12,10 @@ import torch
 
 from export.exporter import export_bundle
 from runtime import backends
-from runtime.backends import cuda_backend, tensorrt_backend, tensorrt_engine
+from runtime.backends import cuda_backend, tensorrt_backend, tensorrt_engine, tensorrt_graphs
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend, find_options, ready
+from runtime.backends.tensorrt_graphs import bucket
 from runtime.bundle import Bundle
 from runtime.cuda.driver import Gpu
 from runtime.engine import Engine, EngineOptions, GenerateOptions
@@ -39,11 +40,15 @@ def cpu_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_backend, "ALIGNMENT", 64)
 
 
-def make(name: str, tmp_path: Path, log: Log, without: tuple[str, ...] = (), context: int = 40) -> TensorRTBackend:
+def make(
+    name: str, tmp_path: Path, log: Log, without: tuple[str, ...] = (), context: int = 40, graphs: bool = False
+) -> TensorRTBackend:
+    cuda = FakeCuda(eager=1.0)
     bundle = Bundle.open(make_bundle(tmp_path / "b", MODELS[name]).path)
     store = EngineStore(bundle.manifest, tmp_path / "store")
     store_engines(bundle, store, LIMITS)
-    return TensorRTBackend(bundle, HALF, context, fake_device(), fake_library(log, without), store)
+    library = fake_library(log, without, cuda)
+    return TensorRTBackend(bundle, HALF, context, fake_device(cuda), library, store, graphs)
 
 
 @pytest.mark.parametrize("name", ["gqa-bias-gate", "mqa-gelu-tied", "head-norm-no-mlp", "mla"])
@@ -90,6 +95,48 @@ def test_rows_are_bound_in_place_and_scratch_is_shared(tmp_path: Path) -> None:
             # Without a past, one row that the mask hides; it is no row of the cache.
             assert shapes["past_k"] == (max(length, 1), 2, 16) and shapes["mask"] == (1, max(length, 1) + 1)
             assert (addresses["past_k"] == cache.keys[layer].data_ptr()) == (length > 0)
+
+
+@pytest.mark.parametrize(
+    ("past", "capacity", "rows"),
+    [(1, 4096, 64), (64, 4096, 64), (65, 4096, 128), (129, 4096, 256), (3000, 4096, 4096), (40, 48, 48)],
+)
+def test_buckets(past: int, capacity: int, rows: int) -> None:
+    assert bucket(past, capacity) == rows
+
+
+@pytest.mark.parametrize("name", ["gqa-bias-gate", "mla"])
+def test_decoding_as_cuda_graphs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, then tokens through two buckets of 8 and 16 rows: the first token of a bucket runs and is written down,
+    the others are launched; results and rows are those of ONNX Runtime, which looks at no padding.
+    """
+    monkeypatch.setattr(tensorrt_graphs, "LEAST_ROWS", 8)
+    log, config = Log(), MODELS[name]
+    backend = make(name, tmp_path, log, graphs=True)
+    cuda: FakeCuda = backend._gpu.cuda
+    reference = OnnxRuntimeBackend(Bundle.open(tmp_path / "b"), HALF, threads=1)
+    caches = [KVCache(config, 64, HALF, torch.device("cpu")) for _ in range(2)]
+    random = torch.Generator().manual_seed(3)
+    with torch.inference_mode():
+        for count in (5, 1, 1, 1, 1, 1):
+            x = torch.randn(count, config.hidden_size, generator=random)
+            kept = []
+            for layer in range(2):
+                found, expected = (b.run_block(layer, x, c) for b, c in zip((backend, reference), caches, strict=True))
+                kept.append((found[0], found[0].clone()))
+                torch.testing.assert_close(found[0], expected[0], atol=2e-3, rtol=2e-3)
+                torch.testing.assert_close(found[1], expected[1], atol=5e-3, rtol=5e-3)
+            assert all(torch.equal(*pair) for pair in kept)  # a result is not written over by the next layer
+            for cache in caches:
+                cache.advance(count)
+    torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(caches[0].values, caches[1].values, atol=5e-3, rtol=5e-3)
+    # After 5 to 8 rows tokens decode in the bucket of 8, after 9 in that of 16: two graphs for each of two layers.
+    assert [entry[0] for entry in log if entry[0] in ("enqueue", "capture")] == ["enqueue"] * 2 + [
+        "enqueue", "capture", "enqueue", "capture"] * 2  # fmt: skip
+    captures = [entry for entry in log if entry[0] == "capture"]
+    assert [entry[3]["past_k"][0] for entry in captures] == [8, 8, 16, 16]
+    assert sum(entry[0] == "launch" for entry in cuda.log) == 5 * 2 - 4
 
 
 def test_only_changed_shapes_are_told(tmp_path: Path) -> None:
@@ -219,6 +266,11 @@ def test_tokens_through_engines(experts: Path, monkeypatch: pytest.MonkeyPatch, 
     spread = float(expected[1].max() - expected[1].min())
     assert (found[1] - expected[1]).abs().max() < 4e-3 * spread
     assert found[0][:4] == expected[0][:4]
+
+
+def test_graphs_are_for_engines(experts: Path) -> None:
+    with pytest.raises(UsageError, match="the back-end is torch: --backend tensorrt"):
+        Engine.open(experts, EngineOptions(backend="torch", slots_per_layer=4, context=32, cuda_graphs=True))
 
 
 def test_auto_says_which_and_why(experts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
