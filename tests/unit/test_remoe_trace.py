@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from remoe.trace import Block, Trace, TraceWriter
+from remoe.trace import Block, Trace, TraceInfo, TraceWriter
 from runtime.errors import UsageError
 from tests.traces import make_info, random_trace
 
@@ -181,3 +181,9 @@ def test_a_trace_of_another_model_is_refused() -> None:
     trace.check_same_model("a" * 64, "test")
     with pytest.raises(UsageError, match=r"the trace is of test \(gates aaaa.*not of other \(gates dddd"):
         trace.check_same_model("d" * 64, "other")
+
+
+def test_the_documentation_names_every_tensor_and_field() -> None:
+    page = (Path(__file__).parents[2] / "docs/traces.md").read_text()
+    for name in (*ARRAYS, *(field.name for field in dataclasses.fields(TraceInfo))):
+        assert f"`{name}`" in page, name
