@@ -264,6 +264,7 @@ workers.close()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # three Python processes import transformers; a busy machine takes its time
 def test_two_processes_tune_as_one(tmp_path: Path) -> None:
     """torchrun with two processes on the CPU: both end with the same gates, those of one process up to rounding."""
     pytest.importorskip("accelerate")
