@@ -14,15 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.exporter import export_bundle
+from remoe.pools import PolicyPool
 from remoe.record import choice_bias, info_of, record_generation, record_text, watching
 from remoe.simulate import SIMULATED, Result, Setting, share_of_optimum, simulate
 from remoe.trace import Origin, Trace
 from runtime.cache_prior import CachePrior
 from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.errors import BudgetError, UsageError
-from runtime.policies import FIFO, POLICIES
+from runtime.policies import FIFO, POLICIES, make_policy
 from runtime.records import TokenRecord
 from tests.checkpoints import make_checkpoint
+from tests.storages import MemoryStorage, make_cache
 from tests.traces import random_trace, written_trace
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20], [5, 6, 90, 91, 92, 93]]
@@ -131,6 +133,29 @@ def test_a_text_read_at_once_is_routed_as_token_by_token(bundles: dict[str, Path
     trace = Trace.from_blocks(info, [once])
     assert trace.decode.all()
     assert trace.hidden is not None and trace.hidden.shape == (9, 3, 64)
+
+
+STORAGE = MemoryStorage(layers=1, experts=9, blob_bytes=8192)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=9, unique=True), max_size=12),
+    slots=st.integers(1, 6),
+    policy=st.sampled_from(sorted(POLICIES)),
+)
+def test_agrees_with_the_cache_on_requests_of_any_size(requests: list[list[int]], slots: int, policy: str) -> None:
+    """Also on those for more experts than there are slots, whose reads land in any order."""
+    cache, loader = make_cache(STORAGE, layers=1, slots=slots, policy=policy)
+    pool = PolicyPool(slots, make_policy(policy))
+    for keys in requests:
+        cache.take_stats()
+        with cache.fetch(0, keys) as request:
+            for _ in request:
+                pass
+        assert pool.request(keys) == cache.take_stats().misses[0]
+        assert pool.resident == cache.residents(0)
+    loader.close()
 
 
 def test_counts_by_hand() -> None:
