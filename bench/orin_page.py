@@ -116,8 +116,9 @@ marked * do not fit: a board of this speed with more memory would give them.
   is about a cache of fixed size instead, so the two can be compared in kind, not in numbers.
 * Fewer misses do not explain the published factors of 1.77 to 1.99. At C = K the published overlaps mean
   {100 * fewer:.1f} % fewer misses here (published for that cache: 7.3 %), and while the drive sets the pace a token's
-  time falls by no more than its misses. Larger caches gain no more. What else changed in those runs (how the kernel kept and read ahead mapped
-  pages, how full memory was, which experts the tuned router prefers) was not published.
+  time falls by no more than its misses. Larger caches gain no more. What else changed in those runs (how the
+  kernel kept mapped pages and read ahead, how full memory was, which experts the tuned router prefers) was not
+  published.
 * The published base figures lie where our smallest caches do: a drive that reads nearly every expert of every token.
 
 ## What it stands on
