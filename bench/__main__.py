@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from bench import bandwidth, decode, disk, export, memory_limit, synthetic
+from bench import bandwidth, decode, disk, export, memory_limit, record, synthetic
 from bench.common import run_main, say
 from runtime.errors import EdgeError, UsageError
 
@@ -40,6 +40,8 @@ def run(out: Path, layers: int, keep: bool) -> None:
         bandwidth.run(None)
         _section("decode")
         decode.run(bundle, decode.DecodeOptions(slots=decode.parse_slots(["8", "16", "30", "all"])))
+        _section("recording")
+        record.run(bundle, record.RecordOptions())
         _section("memory limit")
         try:
             memory_limit.run(bundle, memory_limit.LimitOptions(slots=8, tokens=200))

@@ -218,6 +218,16 @@ class Engine:
     def _routing(self, router: Router, prior: CachePrior | None) -> Routing:
         return CachePriorRouter(router, self._cache, prior) if prior is not None else router
 
+    def record_to(self, path: Path | None) -> None:
+        """Close the record file, if there is one, and write the runs that follow into another, or None.
+
+        Raises UsageError when it cannot be written; then nothing is recorded.
+        """
+        self._recorder.close()
+        self._open_record(None)
+        self._open_record(path)
+        self.options = replace(self.options, record=path)
+
     def empty_cache(self) -> None:
         """Forget every resident expert: the next run is a cold one."""
         self._cache.clear()
@@ -251,7 +261,10 @@ class Engine:
         self._cache = ExpertCache(self.config.moe_layers, self._arena, self._loader, options.policy, options.scope)
         kv_cache = KVCache(self.config, self.context, dtype, backend.device)
         self.decoder = Decoder(self.config, backend, self._routing(self.router, options.prior), self._cache, kv_cache)
-        self._recorder = Recorder(options.record)
+        self._open_record(options.record)
+
+    def _open_record(self, path: Path | None) -> None:
+        self._recorder: Recorder = Recorder(path)
         self._stack.callback(self._recorder.close)
 
     def _reader(self) -> Storage:
