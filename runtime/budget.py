@@ -46,7 +46,8 @@ def _without_experts(bundle: Bundle, backend: str, dtype: torch.dtype, context: 
         expert_bytes=0,
         dense_bytes=backends.weight_bytes(backend, bundle, dtype),
         kv_bytes=context * kv_bytes_per_token(bundle.config, dtype),
-        loading_bytes=0 if dtype == torch.float16 else largest,
+        # On a GPU a file or an engine is read into ordinary memory first.
+        loading_bytes=0 if dtype == torch.float16 and backend in backends.ON_CPU else largest,
     )
 
 

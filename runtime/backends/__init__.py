@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from runtime.bundle import Bundle
 
 BackendName = Literal["auto", "torch", "onnxruntime", "cuda", "onnxruntime-cuda", "tensorrt"]
-_ON_CPU = "torch: the default on a CPU"
+ON_CPU = ("torch", "onnxruntime")
+GPU_CONTEXT_BYTES = 300_000_000  # what a process that touches the GPU of an Orin takes beside its data
+_DEFAULT = "torch: the default on a CPU"
 
 
 def choose(name: str, bundle: Bundle | None = None, context: int = 1) -> tuple[str, str]:
@@ -31,7 +33,14 @@ def choose(name: str, bundle: Bundle | None = None, context: int = 1) -> tuple[s
 
 
 def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
-    """Memory that a back-end will hold for the dense weights of a bundle, bytes."""
+    """Memory that a back-end will hold for the dense weights of a bundle, bytes, and for its context on a GPU.
+
+    It is counted as the machine's memory, which it is on a board; a GPU with memory of its own needs less of that.
+    """
+    return _dense_bytes(name, bundle, dtype) + (0 if name in ON_CPU else GPU_CONTEXT_BYTES)
+
+
+def _dense_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     if name.startswith("onnxruntime"):
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -76,13 +85,13 @@ def has_nvidia_gpu(root: Path = Path("/")) -> bool:
 
 def _automatic(bundle: Bundle | None, context: int) -> tuple[str, str]:
     if not has_nvidia_gpu():  # answers at once: libraries of a GPU take seconds to load
-        return "torch", _ON_CPU
+        return "torch", _DEFAULT
     from runtime.cuda.device import open_device
 
     try:
         gpu = open_device().cuda.gpu.name
     except UsageError as error:
-        return "torch", f"{_ON_CPU}; there is a GPU, but {error}"
+        return "torch", f"{_DEFAULT}; there is a GPU, but {error}"
     if bundle is None:
         return "cuda", f"cuda: torch computes on {gpu}"
     from runtime.backends.tensorrt_backend import ready

@@ -16,6 +16,7 @@ from runtime.backends import cuda_backend, tensorrt_backend, tensorrt_engine, te
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend, find_options, ready
 from runtime.backends.tensorrt_graphs import bucket
+from runtime.budget import plan_run
 from runtime.bundle import Bundle
 from runtime.cuda.driver import Gpu
 from runtime.engine import Engine, EngineOptions, GenerateOptions
@@ -266,6 +267,16 @@ def test_tokens_through_engines(experts: Path, monkeypatch: pytest.MonkeyPatch, 
     spread = float(expected[1].max() - expected[1].min())
     assert (found[1] - expected[1]).abs().max() < 4e-3 * spread
     assert found[0][:4] == expected[0][:4]
+
+
+def test_memory_of_a_run_on_a_gpu(experts: Path) -> None:
+    """The context of a process on an Orin, and one file at a time in ordinary memory while loading."""
+    bundle = Bundle.open(experts)
+    sizes = {name: backends.weight_bytes(name, bundle, HALF) for name in ("torch", "cuda", "tensorrt")}
+    assert sizes["cuda"] == sizes["tensorrt"] == sizes["torch"] + 300_000_000
+    largest = max(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith("dense/"))
+    for name, loading in (("torch", 0), ("cuda", largest), ("tensorrt", largest)):
+        assert plan_run(bundle, EngineOptions(slots_per_layer=4), name, HALF, 32, [])[1].loading_bytes == loading
 
 
 def test_graphs_are_for_engines(experts: Path) -> None:
