@@ -31,6 +31,7 @@ edge tune ./Qwen1.5-MoE-A2.7B --data chats.jsonl --out chats.router.safetensors
 edge tune ./model --data book.txt --out r.safetensors --preset cache --cache-slots 12 --steps 200 --lr 1e-3
 edge tune ./model --data book.txt --out r.safetensors --steps 200 --lr 1e-3 --resume
 edge tune --from-trace book.trace.safetensors --router qwen.bundle --out r.safetensors
+edge tune ./Qwen1.5-MoE-A2.7B/config.json --plan --dtype bf16 --gradient-checkpointing
 edge generate qwen.bundle --router r.safetensors --prompt "Hello"
 """
 
@@ -40,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", nargs="?", help="folder with config.json and *.safetensors, or org/name")
     add("--data", metavar="FILE", type=Path, nargs="+", help=".txt (a document each) or .jsonl (text or messages)")
-    add(
-        "--out", metavar="FILE", type=Path, required=True, help="the tuned router; log, picture and state lie beside it"
-    )
+    add("--out", metavar="FILE", type=Path, help="the tuned router; log, picture and state lie beside it")
     add("--force", action="store_true", help="replace OUT, and start over where a run was interrupted")
     add("--resume", action="store_true", help="go on with the interrupted run of this OUT")
     add("--json", action="store_true", help="print the result as one JSON object")
+    add("--plan", action="store_true", help="only tell memory, work and hours; CHECKPOINT may be a config.json")
+    add("--tflops", metavar="N", type=float, nargs="+", default=[100.0, 200.0, 300.0],
+        help="sustained rates for the hours of --plan (default: 100 200 300)")  # fmt: skip
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--sequence-length", metavar="N", type=int, default=2048, help="tokens per sequence (default: %(default)s)")
@@ -75,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tune, measure, write. Raises UsageError for whatever cannot be, before the model is loaded."""
     options = tune_options(args)
+    if args.plan:
+        from edge.tune_plan import show_plan
+
+        return show_plan(args, options)
+    if args.out is None:
+        raise UsageError("edge tune needs --out FILE, the tuned router")
     _check_paths(args)
     if args.from_trace:
         from edge.tune_layers import run_layers
