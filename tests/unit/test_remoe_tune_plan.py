@@ -34,7 +34,7 @@ def test_operations_per_token_are_those_that_torch_counts(family: str, tmp_path:
             tune(model, config, data, options)
         made = plan(config, options, 64, 4)
         assert made.tokens == 64
-        assert made.step_flops * 64 == pytest.approx(counter.get_total_flops(), rel=0.01)
+        assert made.step_flops * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_weights_and_gates_are_counted_exactly(tmp_path: Path) -> None:
