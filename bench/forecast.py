@@ -32,7 +32,7 @@ from profiles.calibration import Models, calibrated, measure_engine, measure_rea
 from profiles.device import Device
 from profiles.predict import predict, trace_misses
 from profiles.random_model import SyntheticOptions, random_ids
-from profiles.sizes import model_sizes
+from profiles.sizes import Sizes, model_sizes
 from profiles.workloads import load_workload
 from remoe.record import info_of, record_generation, watching
 from remoe.trace import Origin, Trace
@@ -43,14 +43,15 @@ from runtime.errors import UsageError
 AIM = 0.15
 _PROMPTS, _CONTEXT, _RANDOM_PROMPT_TOKENS = 3, 512, 32
 _RAW_SECONDS = 0.1
+_RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class ForecastOptions:
-    """What is compared. `routers` are names in a bundle or files; those of other models are left out by `--router`."""
+    """What is compared. `routers` are files of tuned routers of the bundles, beside those that the bundles hold."""
 
-    rounds: int = 4
-    tokens: int = 24
+    rounds: int = 3
+    tokens: int = 16
     layers: int = 2  # of the random model
     threads: int | None = None
     routers: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Case:
     bundle: Path
     router: str
     slots: int
+    sizes: Sizes
     prompts: list[list[int]]
     misses: np.ndarray[Any, np.dtype[Any]]
 
@@ -88,19 +90,19 @@ class Outcome:
 def cases_of(name: str, path: Path, options: ForecastOptions) -> Iterator[Case]:
     """Two cache sizes per router: barely more than a token needs, and half of all experts."""
     bundle = Bundle.open(path)
-    experts, top_k, routers = bundle.config.router.num_experts, bundle.config.router.top_k, bundle.routers()
+    sizes, routers = model_sizes(bundle.config, _CONTEXT), bundle.routers()
     bundle.close()
-    wanted = [*routers, *options.routers] if name != "random" else routers
-    for router in wanted:
+    experts, top_k = sizes.experts, sizes.top_k
+    for router in [*routers, *options.routers] if name != _RANDOM else routers:
         prompts, trace = _record(path, router, options)
-        misses = trace_misses(trace, model_sizes(_config(path), 1))
+        misses = trace_misses(trace, sizes)
         for slots in (round(1.3 * top_k), experts // 2):
-            yield Case(f"{name}, {router}", path, router, slots, prompts, misses(slots))
+            yield Case(f"{name}, {Path(router).stem}", path, router, slots, sizes, prompts, misses(slots))
 
 
 def run_case(case: Case, device: Device, options: ForecastOptions) -> Outcome:
     """Predict and measure."""
-    prediction = predict(model_sizes(_config(case.bundle), _CONTEXT), device, case.misses)
+    prediction = predict(case.sizes, device, case.misses)
     records = []
     with _engine(case.bundle, case.router, case.slots, options) as engine:
         for prompt in case.prompts:
@@ -128,7 +130,7 @@ def run(paths: Sequence[Path], scratch: Path, options: ForecastOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="forecast-", dir=scratch) as folder:
         models = build_models(Path(folder), lambda _: None)
         bundles = {path.name.removesuffix(".bundle"): path for path in paths}
-        bundles["random"] = _random_bundle(Path(folder), options)
+        bundles[_RANDOM] = _random_bundle(Path(folder), options)
         cases = [case for name, path in bundles.items() for case in cases_of(name, path, options)]
         results: list[list[Outcome]] = [[] for _ in cases]
         devices = []
@@ -144,7 +146,7 @@ def run(paths: Sequence[Path], scratch: Path, options: ForecastOptions) -> None:
 
 def _row(case: Case, found: list[Outcome]) -> dict[str, Any]:
     middle = {name: statistics.median(getattr(o, name) for o in found) for name in ("predicted_ms", "measured_ms")}
-    requests = case.misses.size * _config(case.bundle).router.top_k
+    requests = case.misses.size * case.sizes.top_k
     return {
         "name": case.name,
         "slots_per_layer": case.slots,
@@ -203,20 +205,6 @@ def _engine(path: Path, router: str, slots: int | None, options: ForecastOptions
     settings = EngineOptions(slots_per_layer=slots, router=router, context=_CONTEXT, threads=options.threads)
     with Engine.open(path, settings) as engine:
         yield engine
-
-
-def _config(path: Path) -> Any:
-    with _opened(path) as bundle:
-        return bundle.config
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Bundle]:
-    bundle = Bundle.open(path)
-    try:
-        yield bundle
-    finally:
-        bundle.close()
 
 
 def _random_bundle(folder: Path, options: ForecastOptions) -> Path:
