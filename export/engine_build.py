@@ -136,8 +136,11 @@ def _set_target(trt: Any, config: Any, capability: str) -> None:
 
 def _profile(builder: Any, request: BuildRequest, ranges: dict[str, Range]) -> Any:
     profile = builder.create_optimization_profile()
-    for name, (least, best, most) in ranges.items():
-        profile.set_shape(name, least, best, most)
+    try:
+        for name, (least, best, most) in ranges.items():
+            profile.set_shape(name, least, best, most)
+    except ValueError as error:
+        raise EdgeError(f"{request.part}: TensorRT refuses the range of {name}: {error}") from None
     if not profile:
         raise EdgeError(f"{request.part}: TensorRT refuses the shape ranges {ranges}")
     return profile

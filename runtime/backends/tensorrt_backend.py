@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 
 from runtime.backends.cuda_backend import GpuBackend
-from runtime.backends.tensorrt_engine import ALIGNMENT, DECODE, PREFILL, Part
+from runtime.backends.tensorrt_engine import ALIGNMENT, DECODE, PREFILL, Loader, Part
 from runtime.backends.tensorrt_graphs import DecodeGraphs
-from runtime.backends.tensorrt_library import Library, load, make_logger
+from runtime.backends.tensorrt_library import Library, load
 from runtime.bundle import Bundle
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import Cuda
@@ -54,7 +54,6 @@ class TensorRTBackend(GpuBackend):
         options = find_options(bundle, target, store, context)
         super().__init__(bundle, dtype, gpu)
         self.arithmetic = f"{library}, experts in torch, on {gpu.cuda.gpu.name}"
-        self._log: list[str] = []
         with gpu.stream.current():
             self._parts = self._load_parts(bundle, library, store, target, options)
             self._scratch_memory = self._share_scratch()
@@ -116,11 +115,10 @@ class TensorRTBackend(GpuBackend):
     def _load_parts(
         self, bundle: Bundle, library: Library, store: EngineStore, target: Target, options: EngineOptions
     ) -> dict[str, Part]:
-        runtime = library.module.Runtime(make_logger(library, self._log))
-        stream = self._gpu.stream.handle
+        loader, stream = Loader(library), self._gpu.stream.handle
         parts = {}
         for name, key in engine_keys(bundle, target, options).items():
-            parts[name] = Part(library, runtime, name, store.read(key), part_io(self._config, name), stream)
+            parts[name] = Part(loader, name, store.read(key), part_io(self._config, name), stream)
         return parts
 
     def _share_scratch(self) -> torch.Tensor:

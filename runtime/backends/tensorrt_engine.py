@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from runtime.backends.tensorrt_library import Library, has
+from runtime.backends.tensorrt_library import Library, has, make_logger
 from runtime.errors import EdgeError, UsageError
 from runtime.graph_io import PartIO, TensorIO
 
@@ -19,15 +19,30 @@ ALIGNMENT = 256  # of every address that TensorRT is given
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
+class Loader:
+    """A TensorRT runtime and what it has said. Kept as long as its engines, which need it."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self._said: list[str] = []
+        self.runtime = library.module.Runtime(make_logger(library, self._said))
+
+    def last_words(self) -> str:
+        """TensorRT's last warning or error."""
+        return self._said[-1][:300] if self._said else "it gives no reason"
+
+
 class Part:
     """A deserialised engine, checked against what the graph must have."""
 
-    def __init__(self, library: Library, runtime: Any, name: str, data: memoryview, io: PartIO, stream: int) -> None:
-        """`runtime` is a tensorrt.Runtime. Raises UsageError when the engine cannot be loaded or is not this part's."""
-        self._library, self._name, self._io = library, name, io
+    def __init__(self, loader: Loader, name: str, data: memoryview, io: PartIO, stream: int) -> None:
+        """Raises UsageError when the engine cannot be loaded or is not this part's."""
+        self._loader, self._name, self._io = loader, name, io
+        library, runtime = loader.library, loader.runtime
         self._engine = runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            raise UsageError(f"{name}: {library} refuses the engine: remove it and run `edge engines BUNDLE` again")
+            words = loader.last_words()
+            raise UsageError(f"{name}: {library} refuses the engine ({words}): remove it and run `edge engines` again")
         self._check()
         self._scratch = (0, 0)
         self._calls = [self.new_call(profile, stream) for profile in (DECODE, PREFILL)]
@@ -59,23 +74,27 @@ class Part:
 
     def _demand(self, accepted: bool, what: str) -> None:
         if not accepted:
-            raise EdgeError(f"{self._name}: {self._library} refuses {what}: run `edge engines BUNDLE` with a context "
-                            "that is large enough, or choose --backend cuda")  # fmt: skip
+            raise EdgeError(
+                f"{self._name}: {self._loader.library} refuses {what} ({self._loader.last_words()}): run `edge engines "
+                "BUNDLE` with a context that is large enough, or choose --backend cuda"
+            )
 
     def _context(self, profile: int, stream: int) -> Any:
         """A context without memory of its own, set to one profile for good."""
-        trt = self._library.module
+        trt = self._loader.library.module
         if has(trt, "ExecutionContextAllocationStrategy"):
             context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         else:
             context = self._engine.create_execution_context_without_device_memory()
         if context is None:
-            raise EdgeError(f"{self._name}: {self._library} makes no execution context: memory may have run out")
+            raise EdgeError(
+                f"{self._name}: {self._loader.library} makes no execution context ({self._loader.last_words()})"
+            )
         self._demand(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
         return context
 
     def _check(self) -> None:
-        trt, engine = self._library.module, self._engine
+        trt, engine = self._loader.library.module, self._engine
         kinds = {trt.float16: "fp16", trt.float32: "fp32"}
         found = {}
         for i in range(engine.num_io_tensors):

@@ -31,6 +31,9 @@ class TorchStream:
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self.handle = int(self._stream.cuda_stream)
+        # For this thread at once, and not only inside `current`: whoever calls a decoder's parts by themselves must not
+        # compute beside the stream that TensorRT and the copies of the arena are ordered by.
+        torch.cuda.set_stream(self._stream)
 
     @contextmanager
     def current(self) -> Iterator[None]:

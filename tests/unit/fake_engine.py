@@ -23,7 +23,7 @@ from runtime.engines import EngineOptions, EngineStore, Target, engine_keys
 from runtime.graph_io import PartIO, TensorIO, part_io
 from runtime.layout import graph_file
 from tests.unit.fake_cuda import ORIN, FakeCuda
-from tests.unit.fake_tensorrt import FLOAT, HALF, _Logger
+from tests.unit.fake_tensorrt import FLOAT, HALF, Severity, _Logger
 
 STREAM = 7
 TARGET = Target("tensorrt", "10.3.0", ORIN.identity)
@@ -66,7 +66,9 @@ def fake_library(log: list[tuple[Any, ...]], without: tuple[str, ...] = (), cuda
     module = SimpleNamespace(
         __version__=TARGET.version,
         ILogger=_Logger,
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: _Engine(log, data, without, cuda)),
+        Runtime=lambda logger: SimpleNamespace(
+            deserialize_cuda_engine=lambda data: _Engine(log, data, without, cuda, logger)
+        ),
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
         float16=HALF,
         float32=FLOAT,
@@ -80,11 +82,11 @@ class _Engine:
     num_optimization_profiles = 2
 
     def __init__(
-        self, log: list[tuple[Any, ...]], data: memoryview, without: tuple[str, ...], cuda: FakeCuda | None
+        self, log: list[tuple[Any, ...]], data: memoryview, without: tuple[str, ...], cuda: FakeCuda | None, logger: Any
     ) -> None:
         import onnxruntime
 
-        self.cuda = cuda
+        self.cuda, self.logger = cuda, logger
 
         text = json.loads(bytes(data))
         self.part, self.log, self.without = text["part"], log, without
@@ -152,9 +154,10 @@ class _Context:
         self._engine.log.append(("shape", self._engine.part, self._profile, name, shape))
         least, _, most = self._engine.ranges[self._profile][name]
         self._shapes[name] = shape
-        return len(shape) == len(least) and all(
-            low <= n <= high for low, n, high in zip(least, shape, most, strict=True)
-        )
+        fits = all(low <= n <= high for low, n, high in zip(least, shape, most, strict=True))
+        if not fits:
+            self._engine.logger.log(Severity.ERROR, "out of range")
+        return fits
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
