@@ -32,7 +32,7 @@ from runtime.errors import EdgeError, UsageError
 from runtime.machine import describe, device_name, power_mode
 
 NAME = "calibrate"
-HELP = "measure this machine into a device profile: memory, drive, what each step of the work costs"
+HELP = "measure this machine into a device profile"
 EXAMPLES = """
 edge calibrate --out here.toml                    the drive of this folder; takes less than a minute
 edge calibrate /mnt/nvme --out board.toml

