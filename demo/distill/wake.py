@@ -35,10 +35,10 @@ def wake_experts(student: Student, rows: torch.Tensor, top_k: int = TOP_K) -> li
         student(rows, top_k=top_k)
         for hook in hooks:
             hook.remove()
-        return [_wake(mixture, inputs[i], top_k) for i, mixture in enumerate(student.mixtures)]
+        return [raise_idle(mixture, inputs[i], top_k) for i, mixture in enumerate(student.mixtures)]
 
 
-def _wake(mixture: Any, h: torch.Tensor, top_k: int) -> float:
+def raise_idle(mixture: Any, h: torch.Tensor, top_k: int) -> float:
     logits, mean = F.linear(h, mixture.gate), h.mean(0)
     along = (h @ mean / mean.dot(mean))[:, None]  # 1 on average
     raised, step = torch.zeros(logits.shape[1]), _STEP * logits.std()
