@@ -147,7 +147,7 @@ def run(checkpoint: Path, against: str | None, settings: Settings, out: Path, do
     if dense is not None and dense.config.vocab_size != model.config.vocab_size:
         raise UsageError(f"{against} has {dense.config.vocab_size} words, {checkpoint} {model.config.vocab_size}")
     found = {
-        "checkpoint": checkpoint.name,
+        "checkpoint": "/".join(checkpoint.parts[-3:]),
         "weights_sha256": {path.name: sha256_file(path) for path in sorted(checkpoint.glob("*.safetensors"))},
         "against": against,
         "settings": asdict(settings),

@@ -71,12 +71,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _draw_perplexity(axes: Any, found: dict[str, Any]) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
     for index, (name, result) in enumerate(found["sets"].items()):
         ks = [int(k) for k in result["perplexity"]]
         axes.plot(ks, list(result["perplexity"].values()), "o-", color=f"C{index}", label=name)
         if "dense_perplexity" in result:
             axes.axhline(result["dense_perplexity"], color=f"C{index}", linestyle=":", linewidth=1)
-    axes.set(xlabel="experts per token", ylabel="perplexity (dotted: dense)", yscale="log", title="Quality over top-k")
+    dense = " (dotted: dense)" if any("dense_perplexity" in result for result in found["sets"].values()) else ""
+    axes.set(xlabel="experts per token", ylabel=f"perplexity{dense}", yscale="log", title="Quality over top-k")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend()
 
 
@@ -102,7 +107,7 @@ def _draw_routers(axes: Any, found: dict[str, Any]) -> None:
     if all(random):
         means = [sum(values) / len(values) for values in random]
         axes.bar([i + 0.2 for i in range(len(names))], means, 0.38, label="random, mean of seeds")
-    axes.set(ylabel="perplexity", yscale="log", title=f"Routers at top-{own}")
+    axes.set(ylabel="perplexity", title=f"Routers at top-{own}")
     axes.set_xticks(range(len(names)), names)
     axes.legend()
 

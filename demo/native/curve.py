@@ -22,6 +22,7 @@ def draw(log: dict[str, list[Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, (quality, load) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     tokens = [count / 1e6 for count in log["tokens"]]
@@ -30,6 +31,8 @@ def draw(log: dict[str, list[Any]], path: Path) -> None:
     )
     quality.plot(tokens, log["validation_perplexity"], "o-", color="C0", markersize=3, label="validation")
     quality.set(xlabel="million tokens", ylabel="perplexity", yscale="log")
+    quality.yaxis.set_major_formatter(ScalarFormatter())
+    quality.yaxis.set_minor_formatter(ScalarFormatter())
     quality.legend()
     load.fill_between(tokens, log["least_load"], log["most_load"], alpha=0.3, label="load, least to most used / mean")
     load.plot(tokens, log["reuse"], "o-", color="C3", markersize=3, label="EOR")
