@@ -64,8 +64,9 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
             objective = replace(_ANCHORED, miss=strength, cache_slots=size)
             yield Method("miss loss, output anchor", strength, objective, slots=size)
         for strength in strengths.prior:
-            objective = replace(_ANCHORED, miss=strengths.miss[0], cache_slots=size, prior=strength)
-            yield Method("all together", strength, objective, prior=strength, slots=size)
+            for name, anchor in (("all together", _NO_LOCALITY), ("all together, output anchor", _ANCHORED)):
+                objective = replace(anchor, miss=strengths.miss[1], cache_slots=size, prior=strength)
+                yield Method(name, strength, objective, prior=strength, slots=size)
 
 
 def _scaled(objective: Objective, factor: float) -> Objective:

@@ -10,7 +10,15 @@ from typing import Any
 
 EQUAL = 0.002  # perplexities within this share of each other count as equal
 PUBLISHED_EOR_GAIN = 1.26  # arXiv 2605.27081: .273 to .345 for DeepSeek-V2-Lite
-PLOTTED = ("stock", "CE only", "ReMoE", "cache-prior", "miss loss, output anchor", "all together")
+PLOTTED = (
+    "stock",
+    "CE only",
+    "ReMoE",
+    "cache-prior",
+    "miss loss, output anchor",
+    "all together",
+    "all together, output anchor",
+)
 
 
 @dataclass(frozen=True)
