@@ -65,7 +65,9 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
             yield Method("miss loss, output anchor", strength, objective, slots=size)
         for strength in strengths.prior:
             for name, anchor in (("all together", _NO_LOCALITY), ("all together, output anchor", _ANCHORED)):
-                objective = replace(anchor, miss=strengths.miss[1], cache_slots=size, prior=strength)
+                objective = replace(
+                    anchor, miss=strengths.miss[len(strengths.miss) // 2], cache_slots=size, prior=strength
+                )
                 yield Method(name, strength, objective, prior=strength, slots=size)
 
 
