@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from profiles.floor import active_bytes
+from runtime.backends.cuda_backend import CudaBackend
 from runtime.backends.tensorrt_backend import ready
 from runtime.bounce import reachable
 from runtime.bundle import Bundle
@@ -122,6 +123,29 @@ def decode_tensorrt(settings: Settings, gpu: Device) -> Result:
     return _decode(settings, gpu, "tensorrt")
 
 
+def expert_kernel(settings: Settings, gpu: Device) -> Result:
+    """An expert of one token by torch and by the fused kernel: seconds each, and how far apart the results are."""
+    bundle = Bundle.open(settings.bundle)
+    blob = read_file(bundle.directory, sorted(bundle.blobs().values())[0], bundle.manifest.expert.file_bytes)
+    slot = torch.frombuffer(blob, dtype=torch.float16)[: bundle.manifest.expert.bytes // 2].to(gpu.torch)
+    backend = CudaBackend(bundle, torch.float16, gpu)
+    with backend.step(1):
+        h = torch.randn(1, bundle.config.hidden_size, dtype=torch.float16, device=gpu.torch)
+        results, seconds = {}, {}
+        for name in ("torch", "fused"):
+            if name == "fused":
+                _or_not_run(backend.fuse_experts)
+            results[name] = backend.run_expert(h, slot).cpu()
+            seconds[name] = min(_seconds(gpu, lambda: backend.run_expert(h, slot)) for _ in range(20))
+    distance = _distance(results["fused"], results["torch"])
+    return {
+        "ok": distance < HALF_TOLERANCE,
+        "distance": distance,
+        "torch_s": seconds["torch"],
+        "fused_s": seconds["fused"],
+    }
+
+
 def decode_graphs(settings: Settings, gpu: Device) -> Result:
     """The same with CUDA graphs: what decides whether they become the default."""
     _engines(settings)
@@ -143,6 +167,7 @@ CHECKS: dict[str, Callable[[Settings, Device], Result]] = {
     "tensorrt_parity": tensorrt_parity,
     "graphs_parity": graphs_parity,
     "read_rates": read_rates,
+    "expert_kernel": expert_kernel,
     "decode_cuda": decode_cuda,
     "decode_tensorrt": decode_tensorrt,
     "decode_graphs": decode_graphs,
@@ -169,6 +194,13 @@ def _prompt(vocabulary: int) -> list[int]:
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Greatest difference as a share of the expected range."""
     return float((found - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def _or_not_run(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except UsageError as error:
+        raise NotRunError(str(error)) from None
 
 
 def _engines(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from edge.console import parse_size
-from runtime.backends import BackendName
+from runtime.backends import BackendName, ExpertKernelName
 from runtime.cache import Scope
 from runtime.cache_prior import Scaling
 from runtime.errors import UsageError
@@ -61,6 +61,8 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     run.add_argument("--context", metavar="N", type=int,
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
     run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
+    run.add_argument("--expert-kernel", choices=get_args(ExpertKernelName),
+                     help=_help(EngineOptions, "expert_kernel", "on a GPU: who computes one token's expert"))  # fmt: skip
     run.add_argument("--cuda-graphs", action="store_const", const=True,
                      help="with --backend tensorrt: launch each block of a token as one CUDA graph")  # fmt: skip
     return run

@@ -248,7 +248,7 @@ class Engine:
             self.notes.append("reads: buffered, as asked for with --no-direct-io")
         with torch.inference_mode():
             backend = self._backend = backends.create(
-                self.backend_name, bundle, dtype, self.context, options.cuda_graphs
+                self.backend_name, bundle, dtype, self.context, options.cuda_graphs, options.expert_kernel
             )
             self.router = Router.load(bundle, options.router, backend.device)
         if backend.name == "torch" and self.dtype_name == "fp16" and backend.arithmetic == "torch":

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from runtime.backends import BackendName
+from runtime.backends import BackendName, ExpertKernelName
 from runtime.cache import Scope
 from runtime.cache_prior import CachePrior, Scaling
 from runtime.errors import UsageError
@@ -41,6 +41,7 @@ class EngineOptions:
     read_threads: int = 8
     threads: int | None = None  # of the arithmetic; default: the library's own choice
     cuda_graphs: bool = False  # TensorRT: one launch per block and token; not the default until a GPU has shown a gain
+    expert_kernel: ExpertKernelName = "torch"  # on a GPU, for single tokens; likewise
     record: Path | None = None
 
     def check(self) -> None:
@@ -50,6 +51,7 @@ class EngineOptions:
             "scope": ["layer", "shared"],
             "policy": list(POLICIES),
             "routing": ["stock", "cache-prior"],
+            "expert_kernel": ["torch", "fused"],
         }
         for name, values in known.items():
             if getattr(self, name) not in values:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BackendName = Literal["auto", "torch", "onnxruntime", "cuda", "onnxruntime-cuda", "tensorrt"]
 ON_CPU = ("torch", "onnxruntime")
+ExpertKernelName = Literal["torch", "fused"]
 GPU_CONTEXT_BYTES = 300_000_000  # what a process that touches the GPU of an Orin takes beside its data
 _DEFAULT = "torch: the default on a CPU"
 
@@ -54,28 +55,47 @@ def _dense_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     return TorchBackend.weight_bytes(bundle, dtype)
 
 
-def create(name: str, bundle: Bundle, dtype: torch.dtype, context: int = 1, cuda_graphs: bool = False) -> Backend:
+def create(
+    name: str,
+    bundle: Bundle,
+    dtype: torch.dtype,
+    context: int = 1,
+    cuda_graphs: bool = False,
+    expert_kernel: ExpertKernelName = "torch",
+) -> Backend:
     """Load the dense weights into a back-end chosen by `choose`, for a run over `context` tokens.
 
     Raises UsageError where what it needs is missing.
     """
     if cuda_graphs and name != "tensorrt":
         raise UsageError(f"--cuda-graphs launches TensorRT's engines, but the back-end is {name}: --backend tensorrt")
+    if name in ("cuda", "tensorrt"):
+        return _on_gpu(name, bundle, dtype, context, cuda_graphs, expert_kernel)
+    if expert_kernel != "torch":
+        raise UsageError(f"--expert-kernel {expert_kernel} runs on a GPU, but the back-end is {name}: --backend cuda")
     if name in ("onnxruntime", "onnxruntime-cuda"):
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(bundle, dtype, provider="cuda" if name.endswith("cuda") else "cpu")
-    if name == "tensorrt":
-        from runtime.backends.tensorrt_backend import TensorRTBackend
-
-        return TensorRTBackend(bundle, dtype, context, graphs=cuda_graphs)
-    if name == "cuda":
-        from runtime.backends.cuda_backend import CudaBackend
-
-        return CudaBackend(bundle, dtype)
     from runtime.backends.torch_backend import TorchBackend
 
     return TorchBackend(bundle, dtype)
+
+
+def _on_gpu(
+    name: str, bundle: Bundle, dtype: torch.dtype, context: int, cuda_graphs: bool, expert_kernel: ExpertKernelName
+) -> Backend:
+    from runtime.backends.cuda_backend import CudaBackend
+    from runtime.backends.tensorrt_backend import TensorRTBackend
+
+    backend: CudaBackend | TensorRTBackend
+    if name == "tensorrt":
+        backend = TensorRTBackend(bundle, dtype, context, graphs=cuda_graphs)
+    else:
+        backend = CudaBackend(bundle, dtype)
+    if expert_kernel == "fused":
+        backend.fuse_experts()
+    return backend
 
 
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:

@@ -16,6 +16,7 @@ from runtime.backends.products import FEW_ROWS, Products
 from runtime.bundle import Bundle
 from runtime.cuda.arena import CudaArena
 from runtime.cuda.device import Device, open_device
+from runtime.cuda.expert_kernel import ExpertKernel
 from runtime.dense import load_tensors
 from runtime.errors import UsageError
 from runtime.kv_cache import KVCache
@@ -24,6 +25,8 @@ from runtime.layout import EMBED_FILE, HEAD_FILE, embed_tensors, head_tensors, l
 
 class GpuBackend:
     """Embedding and experts in torch on a GPU, everything in the order of one stream."""
+
+    arithmetic: str
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype, gpu: Device) -> None:
         config = self._config = bundle.config
@@ -36,6 +39,8 @@ class GpuBackend:
         self._split = 2 * inner * hidden
         self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
         self._scratch = torch.empty(3 * inner * hidden, dtype=dtype, device=self.device)
+        self._kernel: ExpertKernel | None = None
+        self._mixed = torch.empty(inner, device=self.device)
 
     def step(self, count: int) -> AbstractContextManager[None]:
         """Everything inside is given to the stream that computes."""
@@ -44,10 +49,25 @@ class GpuBackend:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._embed[token_ids.to(self.device)].float() * self._config.embed_scale
 
+    def fuse_experts(self, kernel: ExpertKernel | None = None) -> None:
+        """Compute experts of single tokens with the kernels of runtime/cuda/expert.cu.
+
+        Raises UsageError where they cannot be had, or the compute dtype is not theirs.
+        """
+        if self.dtype != torch.float16:
+            raise UsageError("the fused expert kernel computes in fp16: --dtype fp16, or --expert-kernel torch")
+        self._kernel = kernel or ExpertKernel(self._config, self._gpu.cuda.gpu)
+        self.arithmetic += ", fused experts"
+
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """A slot of mapped memory is not cached by the GPU: right for weights that are read once, for a few tokens. For
         more it is copied first, as it is for a compute dtype other than the blob's.
         """
+        if self._kernel is not None and len(h) == 1:
+            y = torch.empty(h.shape, device=self.device)
+            places = h.data_ptr(), slot.data_ptr(), self._mixed.data_ptr(), y.data_ptr()
+            self._kernel.run(*places, stream=self._gpu.stream.handle)
+            return y
         if self.dtype != torch.float16 or (self._gpu.cuda.gpu.integrated and len(h) > FEW_ROWS):
             slot = self._scratch.copy_(slot)
         gate_up, down = slot[: self._split], slot[self._split :]

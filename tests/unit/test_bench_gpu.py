@@ -66,6 +66,11 @@ def test_the_checks_themselves_on_a_fake_gpu(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cuda_backend, "open_device", fake_device)
     monkeypatch.setattr(gpu_checks, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(gpu_checks.torch.cuda, "_sleep", lambda cycles: None)
+
+    def no_kernel(*arguments: Any) -> None:
+        raise UsageError("no nvcc")
+
+    monkeypatch.setattr(cuda_backend, "ExpertKernel", no_kernel)
     result = gpu.run(gpu.Settings(tmp_path / "b", slots_per_layer=4, tokens=4, context=64), fake_device)
     found = {name: check["status"] for name, check in result["checks"].items()}
     assert found == {
@@ -75,6 +80,7 @@ def test_the_checks_themselves_on_a_fake_gpu(tmp_path: Path, monkeypatch: pytest
         "tensorrt_parity": "not run",
         "graphs_parity": "not run",
         "read_rates": "pass",
+        "expert_kernel": "not run",
         "decode_cuda": "pass",
         "decode_tensorrt": "not run",
         "decode_graphs": "not run",

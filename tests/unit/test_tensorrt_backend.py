@@ -5,6 +5,7 @@ back-end bit for bit, rows in place, one scratch memory, and nothing foreign is 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from export.exporter import export_bundle
 from runtime import backends
 from runtime.backends import cuda_backend, tensorrt_backend, tensorrt_engine, tensorrt_graphs
+from runtime.backends.cuda_backend import CudaBackend
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend, find_options, ready
 from runtime.backends.tensorrt_graphs import bucket
@@ -268,6 +270,24 @@ def test_tokens_through_engines(experts: Path, monkeypatch: pytest.MonkeyPatch, 
     spread = float(expected[1].max() - expected[1].min())
     assert (found[1] - expected[1]).abs().max() < 4e-3 * spread
     assert found[0][:4] == expected[0][:4]
+
+
+def test_fused_experts_for_single_tokens_only(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token goes to the kernel with the addresses of its row, its slot and the result; a prompt goes to torch."""
+    calls: list[tuple[int, ...]] = []
+    bundle = Bundle.open(experts)
+    backend = CudaBackend(bundle, HALF, fake_device())
+    backend.fuse_experts(SimpleNamespace(run=lambda *places, stream: calls.append((*places, stream))))  # type: ignore[arg-type]
+    h, slot = torch.ones(2, bundle.config.hidden_size, dtype=HALF), torch.ones(bundle.manifest.expert.bytes // 2).half()
+    backend.run_expert(h, slot)
+    assert calls == []
+    y = backend.run_expert(h[1:], slot)
+    assert calls == [(h[1].data_ptr(), slot.data_ptr(), backend._mixed.data_ptr(), y.data_ptr(), 7)]
+    assert y.dtype == torch.float32 and backend.arithmetic == "torch on Orin, fused experts"
+    with pytest.raises(UsageError, match="--dtype fp16, or --expert-kernel torch"):
+        CudaBackend(bundle, torch.float32, fake_device()).fuse_experts()
+    with pytest.raises(UsageError, match="--expert-kernel fused runs on a GPU, but the back-end is torch"):
+        Engine.open(experts, EngineOptions(backend="torch", slots_per_layer=4, context=32, expert_kernel="fused"))
 
 
 def test_memory_of_a_run_on_a_gpu(experts: Path) -> None:
