@@ -62,7 +62,7 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
     run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
     run.add_argument("--expert-kernel", choices=get_args(ExpertKernelName),
-                     help=_help(EngineOptions, "expert_kernel", "on a GPU: who computes one token's expert"))  # fmt: skip
+                     help=_help(EngineOptions, "expert_kernel", "on a GPU: one token's expert"))  # fmt: skip
     run.add_argument("--cuda-graphs", action="store_const", const=True,
                      help="with --backend tensorrt: launch each block of a token as one CUDA graph")  # fmt: skip
     return run
