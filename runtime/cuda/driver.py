@@ -38,9 +38,8 @@ class Cuda:
         self._runtime = runtime if runtime is not None else _import_runtime()
         error, count = _pair(self._runtime.cudaGetDeviceCount())
         if int(error) != 0 or not count:
-            raise UsageError(
-                f"no NVIDIA GPU can be used ({self._words(error) if int(error) else 'none found'}): {_CURE}"
-            )
+            found = self._words(error) if int(error) else "none found"
+            raise UsageError(f"no NVIDIA GPU can be used ({found}), which CUDA and TensorRT need: {_CURE}")
         self._device = self._call("cudaGetDevice")
         self.gpu = self._describe()
 
