@@ -219,6 +219,8 @@ def _random_bundle(folder: Path, options: ForecastOptions) -> Path:
 def _figures(device: Device) -> dict[str, float]:
     found = {"memory_read_bytes_per_s": device.memory_read_bytes_per_s.value}
     found["drive_bytes_per_s"] = device.storage.typical.value
+    found |= {f"read_share_{s.blob_bytes}": s.read_share.value for s in device.streaming}
+    found |= {f"overlap_loss_{s.blob_bytes}": s.overlap_loss.value for s in device.streaming}
     return found | {name: figure.value for name, figure in vars(device.overheads).items()}
 
 

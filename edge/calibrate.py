@@ -17,6 +17,7 @@ from profiles.calibration import (
     FEW,
     LARGE,
     MANY,
+    MEDIUM,
     ROUNDS,
     STEPS,
     Host,
@@ -25,7 +26,7 @@ from profiles.calibration import (
     measure_engine,
     measure_reads,
 )
-from profiles.device import Device, Figure, parse_device
+from profiles.device import Device, Figure, Streaming, parse_device
 from profiles.device_file import to_toml
 from profiles.random_model import SyntheticOptions, save_random_model
 from runtime.errors import EdgeError, UsageError
@@ -39,7 +40,7 @@ edge calibrate /mnt/nvme --out board.toml
 edge forecast qwen.bundle --device here.toml
 """
 _SCRATCH_BYTES = 1_500_000_000
-_MODELS = {"few": FEW, "many": MANY, "large": LARGE}
+_MODELS = {"few": FEW, "many": MANY, "medium": MEDIUM, "large": LARGE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +116,14 @@ def rows(device: Device) -> list[list[str]]:
         ["drive", f"{storage.typical.value / 1e9:.2f} GB/s ({storage.low.value / 1e9:.2f} to "
                   f"{storage.high.value / 1e9:.2f}) at {console.format_bytes(best.block_bytes)} x {best.depth}"],
         ["fixed costs", ", ".join(f"{name.removesuffix('_s')} {1e6 * value:.0f} µs" for name, value in parts)],
-        ["engine's reads", f"{overheads.read_share.value:.0%} of the drive's own rate"],
-        ["overlap", f"{overheads.overlap_loss.value:.0%} of the shorter of reading and computing is not hidden"],
+        *[_stream(stream) for stream in device.streaming],
     ]  # fmt: skip
+
+
+def _stream(stream: Streaming) -> list[str]:
+    share, loss = stream.read_share.value, stream.overlap_loss.value
+    text = f"{share:.0%} of the drive's own rate; {loss:.0%} of the shorter of reading and computing is not hidden"
+    return [f"blobs of {console.format_bytes(stream.blob_bytes)}", text]
 
 
 def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -176,5 +182,6 @@ def _comment() -> str:
 
 def _figures(device: Device) -> dict[str, Figure]:
     """Every figure but those of the read curve, by name."""
-    groups = (vars(device), vars(device.storage), vars(device.overheads) if device.overheads else {})
+    groups = [vars(device), vars(device.storage), vars(device.overheads) if device.overheads else {}]
+    groups += [{f"{k}_{s.blob_bytes}": v for k, v in vars(s).items()} for s in device.streaming]
     return {name: value for group in groups for name, value in group.items() if isinstance(value, Figure)}

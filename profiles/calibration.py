@@ -1,9 +1,9 @@
 """This host as a device profile: what `edge calibrate` measures, and how the figures are worked out.
 
-Three random models run in the real engine. Two are so small that their bytes cost nothing: what is left is the price
-of each step of the work, and the two differ in experts per token, which gives the price of an expert. The third is
-larger than a processor's cache: all resident it gives the memory's rate, with few slots what reading costs beside
-computing. The drive is read raw as well, by block size and depth. Medians over tokens throughout.
+Random models run in the real engine. Two are so small that their bytes cost nothing: what is left is the price of each
+step of the work, and the two differ in experts per token, which gives the price of an expert. The largest is larger
+than a processor's cache: all resident it gives the memory's rate, with few slots, like one with smaller blobs, what
+reading costs beside computing. The drive is read raw as well, by block size and depth. Medians over tokens throughout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from profiles.costs import Costs, device_costs, layer_times
-from profiles.device import Device, Figure, Overheads, ReadRate, Storage
+from profiles.device import Device, Figure, Overheads, ReadRate, Storage, Streaming
 from profiles.random_model import SyntheticOptions, decode_random
 from profiles.raw_reads import RawReader
 from profiles.sizes import Sizes, model_sizes
@@ -38,10 +38,14 @@ LARGE = SyntheticOptions(
     shared_size=1024,
     num_heads=16,
 )
+MEDIUM = replace(LARGE, hidden_size=512, expert_size=512, shared_size=512, num_heads=8)
 BLOCKS_BYTES = (4 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 2, 4, 8)
 ROUNDS = 3
-_TOKENS = {"few": 64, "many": 64, "few, missing": 64, "large": 40, "large, missing": 40, "large, half missing": 40}
+_TOKENS = {
+    "few": 64, "many": 64, "few, missing": 64, "large": 40, "large, missing": 40, "large, half missing": 40,
+    "medium, missing": 40, "medium, half missing": 40,
+}  # fmt: skip
 STEPS = len(BLOCKS_BYTES) * len(DEPTHS) * ROUNDS + len(_TOKENS)
 
 Tick = Callable[[str], None]
@@ -49,10 +53,11 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Models:
-    """Bundles of FEW, MANY and LARGE."""
+    """Bundles of FEW, MANY, MEDIUM and LARGE."""
 
     few: Path
     many: Path
+    medium: Path
     large: Path
 
 
@@ -125,6 +130,8 @@ def measure_engine(models: Models, threads: int | None, tick: Tick) -> dict[str,
         "large": (models.large, LARGE.num_experts),
         "large, missing": (models.large, LARGE.top_k),
         "large, half missing": (models.large, LARGE.num_experts // 2),
+        "medium, missing": (models.medium, MEDIUM.top_k),
+        "medium, half missing": (models.medium, MEDIUM.num_experts // 2),
     }
     found = {}
     for name, (bundle, slots) in settings.items():
@@ -160,16 +167,23 @@ def calibrated(host: Host, rates: Rates, runs: dict[str, Decoded], figure: Calla
             routing_s=figure(steps.routing_s, "routing_ms, and putting outputs together"),
             expert_s=figure(steps.expert_s, f"expert_ms of {MANY.top_k} experts per token less that of {FEW.top_k}"),
             miss_s=figure(0.0, "not fitted yet"),
-            read_share=figure(1.0, "not fitted yet"),
-            overlap_loss=figure(0.0, "not fitted yet"),
         ),
     )
-    missing = [runs["large, missing"], runs["large, half missing"]]
     miss_s = _miss_s(runs["few, missing"], device)
-    device = _with(device, miss_s=figure(miss_s, "tokens that miss tiny blobs, beyond their parts and the drive"))
-    device = _with(device, read_share=figure(_read_share(device, missing), "the engine's reads against raw ones"))
-    loss = figure(_overlap_loss(device, missing), "what tokens that miss take beyond the sum of their parts")
-    return _with(device, overlap_loss=loss)
+    assert device.overheads
+    found = figure(miss_s, "tokens that miss tiny blobs, beyond their parts and the drive")
+    device = replace(device, overheads=replace(device.overheads, miss_s=found))
+    sizes = ([runs[f"{name}, missing"], runs[f"{name}, half missing"]] for name in ("medium", "large"))
+    return replace(device, streaming=tuple(_streaming(device, missing, figure) for missing in sizes))
+
+
+def _streaming(device: Device, runs: Sequence[Decoded], figure: Callable[[float, str], Figure]) -> Streaming:
+    """Of runs with blobs of one size."""
+    size = runs[0].sizes.blob_bytes
+    share = figure(_read_share(device, runs), "the engine's reads against raw ones")
+    known = replace(device, streaming=(Streaming(size, share, figure(0.0, "not fitted yet")),))
+    loss = figure(_overlap_loss(known, runs), "what tokens that miss take beyond the sum of their parts")
+    return Streaming(size, share, loss)
 
 
 @dataclass(frozen=True)
@@ -206,11 +220,6 @@ def memory_rate(large: Decoded, steps: StepCosts) -> float:
     if seconds <= 0:
         raise EdgeError("the large calibration model took no longer than the small ones: run it again, with less else")
     return size / seconds
-
-
-def _with(device: Device, **figures: Figure) -> Device:
-    assert device.overheads
-    return replace(device, overheads=replace(device.overheads, **figures))
 
 
 def _miss_s(run: Decoded, device: Device) -> float:

@@ -67,14 +67,15 @@ def device_costs(
     memory, overheads = device.memory_read_bytes_per_s.value, device.overheads
     fixed = _Fixed.of(overheads)
     dispatch = fixed.expert_s if sizes.shared_bytes else 0.0
+    share, loss = _streaming(device, sizes.blob_bytes)
     return Costs(
         token_s=sizes.head_bytes / memory + fixed.token_s,
         layer_s=sizes.dense_layer_bytes / memory + sizes.blocks / sizes.layers * fixed.block_s + fixed.routing_s,
         shared_s=sizes.shared_bytes / memory + dispatch,
         expert_s=sizes.expert_bytes / memory + fixed.expert_s,
-        read_s=_reader(sizes.blob_bytes, device, drive, read_threads, fixed),
+        read_s=_reader(sizes.blob_bytes, device, drive, read_threads, share),
         miss_s=fixed.miss_s,
-        overlap_loss=fixed.overlap_loss,
+        overlap_loss=loss,
     )
 
 
@@ -95,22 +96,31 @@ class _Fixed:
     routing_s: float = 0.0
     expert_s: float = 0.0
     miss_s: float = 0.0
-    read_share: float = 1.0
-    overlap_loss: float = 0.0
 
     @classmethod
     def of(cls, overheads: Overheads | None) -> _Fixed:
         return cls(**{name: figure.value for name, figure in vars(overheads).items()}) if overheads else cls()
 
 
-def _reader(blob_bytes: int, device: Device, drive: Drive, threads: int, fixed: _Fixed) -> Callable[[Array], Array]:
+def _streaming(device: Device, blob_bytes: int) -> tuple[float, float]:
+    """Read share and overlap loss for blobs of this size, between the measured sizes."""
+    found = sorted(device.streaming, key=lambda stream: stream.blob_bytes)
+    if not found:
+        return 1.0, 0.0
+    places = np.log([stream.blob_bytes for stream in found])
+    columns = ([s.read_share.value for s in found], [s.overlap_loss.value for s in found])
+    share, loss = (float(np.interp(math.log(blob_bytes), places, column)) for column in columns)
+    return share, loss
+
+
+def _reader(blob_bytes: int, device: Device, drive: Drive, threads: int, share: float) -> Callable[[Array], Array]:
     """Blobs are cut into chunks, and as many chunks are on their way as there are threads."""
     speed: float = getattr(device.storage, drive).value
     if not device.reads:
-        return lambda misses: misses * blob_bytes / (speed * fixed.read_share)
+        return lambda misses: misses * blob_bytes / (speed * share)
     chunks = len(cut(blob_bytes, threads))
     rates = [
-        read_rate(device.reads, blob_bytes / chunks, depth) * fixed.read_share * speed / device.storage.typical.value
+        read_rate(device.reads, blob_bytes / chunks, depth) * share * speed / device.storage.typical.value
         for depth in range(1, threads + 1)
     ]
 

@@ -54,13 +54,20 @@ class ReadRate:
 
 @dataclass(frozen=True)
 class Overheads:
-    """What work costs on top of moving its bytes, seconds, and how well an engine uses the device."""
+    """What work costs on top of moving its bytes, seconds."""
 
     token_s: Figure  # once per token: embedding, sampling, its record
     block_s: Figure  # per dense block
     routing_s: Figure  # per layer with experts: gates, top-k, asking the cache, putting outputs together
     expert_s: Figure  # per expert computed
     miss_s: Figure  # per layer that misses anything: waking threads, refilling the processor's caches
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How well an engine reads and computes at once with blobs of one size: small ones take more handling per byte."""
+
+    blob_bytes: int
     read_share: Figure  # of the drive's raw rate, what reads through the engine reach
     overlap_loss: Figure  # of the shorter one of reading and computing, what is not hidden behind the longer
 
@@ -96,6 +103,7 @@ class Device:
     memory_nominal_bytes_per_s: Figure | None = None
     reads: tuple[ReadRate, ...] = ()
     overheads: Overheads | None = None
+    streaming: tuple[Streaming, ...] = ()
     modes: tuple[Mode, ...] = ()
 
     def mode(self, name: str | None = None) -> Mode:
@@ -150,6 +158,9 @@ def parse_device(text: str, where: str) -> Device:
     settings = [(rate.block_bytes, rate.depth) for rate in device.reads]
     if len(set(settings)) != len(settings) or any(min(setting) < 1 for setting in settings):
         raise UsageError(f"{where}: reads must name each block_bytes and depth once, both at least 1")
+    sizes = [stream.blob_bytes for stream in device.streaming]
+    if len(set(sizes)) != len(sizes) or any(size < 1 for size in sizes):
+        raise UsageError(f"{where}: streaming must name each blob_bytes once, at least 1")
     rates = [device.storage.low.value, device.storage.typical.value, device.storage.high.value]
     if rates != sorted(rates):
         raise UsageError(f"{where}: storage must rise from low over typical to high, found {rates}")
@@ -159,12 +170,12 @@ def parse_device(text: str, where: str) -> Device:
 def _check_figures(value: Any, where: str) -> None:
     """Every figure below `value` is a number that can be, and has a source."""
     if isinstance(value, Figure):
-        smallest = 0 if where.endswith(".id") or ".overheads." in where else math.ulp(0.0)
+        smallest = 0 if where.endswith((".id", ".overlap_loss")) or ".overheads." in where else math.ulp(0.0)
         if not smallest <= value.value < 1e15:
             raise UsageError(f"{where}.value: {value.value} cannot be")
         if not value.source.strip():
             raise UsageError(f"{where}.source is empty: a number without a source is not wanted")
-    elif isinstance(value, (Device, Storage, Mode, ReadRate, Overheads)):
+    elif isinstance(value, (Device, Storage, Mode, ReadRate, Overheads, Streaming)):
         for field in fields(value):
             _check_figures(getattr(value, field.name), f"{where}.{field.name}")
     elif isinstance(value, tuple):

@@ -30,6 +30,7 @@ PLAN_CONTEXT = 4096
 # .1695 of 4/60, DeepSeek-V2-Lite .273 of 6/64. Tuning raised them by 27.2 % and 26.4 %.
 CHANCE, USUAL, HIGH = 1.0, 0.1695 / (4 / 60), 0.273 / (6 / 64)
 TUNED_GAIN = 0.264
+_STREAMING = ("read_share", "overlap_loss")
 _DRIVES: tuple[Drive, ...] = ("typical", "high", "low")
 Array = np.ndarray[Any, np.dtype[Any]]
 Misses = Callable[[int], Array]  # slots per layer to misses [N, L] of a trace's decode steps
@@ -157,7 +158,8 @@ def assumptions(device: Device) -> list[tuple[str, Figure]]:
         ("drive, low", device.storage.low),
         ("drive, usual", device.storage.typical),
         ("drive, high", device.storage.high),
-        *([(name, figure) for name, figure in vars(device.overheads).items()] if device.overheads else []),
+        *(vars(device.overheads).items() if device.overheads else []),
+        *[(f"{name}, {s.blob_bytes / 1e6:.1f} MB", getattr(s, name)) for s in device.streaming for name in _STREAMING],
     ]
 
 

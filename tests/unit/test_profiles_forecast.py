@@ -13,7 +13,7 @@ from edge.cli import main
 from edge.inspect import model_figures
 from export.families import read_model
 from profiles.costs import device_costs, read_rate
-from profiles.device import Device, Figure, Overheads, ReadRate, Storage, load_device
+from profiles.device import Device, Figure, Overheads, ReadRate, Storage, Streaming, load_device
 from profiles.forecast import estimate, fit, forecast, hit_rate, point
 from profiles.sizes import Sizes, model_sizes
 from runtime.config import ModelConfig
@@ -78,9 +78,10 @@ def test_tokens_of_a_trace_are_averaged_layer_by_layer() -> None:
 
 def test_overheads_add_up() -> None:
     seconds = {"token_s": 0.007, "block_s": 0.0005, "routing_s": 0.0003, "expert_s": 0.0002, "miss_s": 0.0004}
-    values = {**seconds, "read_share": 0.8, "overlap_loss": 0.25}
-    overheads = Overheads(**{name: Figure(value, "assumed", "a test") for name, value in values.items()})
-    found = point(dataclasses.replace(SIZES, blocks=20), device(1e9, overheads=overheads), np.ones((1, 10)))
+    overheads = Overheads(**{name: Figure(value, "assumed", "a test") for name, value in seconds.items()})
+    share, loss = Figure(0.8, "assumed", "a test"), Figure(0.25, "assumed", "a test")
+    more = {"overheads": overheads, "streaming": (Streaming(5_000_000, share, loss),)}
+    found = point(dataclasses.replace(SIZES, blocks=20), device(1e9, **more), np.ones((1, 10)))
     # Two blocks per layer with experts. Read 10 / 0.8 = 12.5 ms; beside it shared 2.2 and one hit 1.2, a quarter of
     # which is not hidden; then the missed expert, 1.2, and what a layer that misses costs once, 0.4.
     layer = 3 + 2 * 0.5 + 0.3 + 12.5 + 0.25 * 3.4 + 1.2 + 0.4
