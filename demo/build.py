@@ -69,7 +69,12 @@ def _large(copies: int, sha256: str, size_bytes: int) -> Model:
 
 
 MODELS = {
-    "trained": Model(Packed.load, "0" * 64, 0, _CARD + _TRAINED_CARD),
+    "trained": Model(
+        Packed.load,
+        "69533ebd4c3627c593f8953b484210c334fac8318146df2117414cdac4cf069b",
+        376785096,
+        _CARD + _TRAINED_CARD,
+    ),
     "large-4": _large(4, "265c60555c0208bd1b05a9859035a2d522611b375da7108b53df7df0f31b66fc", 757_605_184),
     "large-8": _large(8, "8d9945ea02be543ba38b3bb83b0266a4c15f5a5f5b13212d11757a41c427b0f9", 1_395_342_816),
 }

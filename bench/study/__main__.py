@@ -71,10 +71,10 @@ STUDIES = {
         length=256,
         steps=16,
         batch=4,
-        lr=1e-3,
+        lr=2e-3,
         train_tokens=8_000,
         test_tokens=1_000,
-        strengths=Strengths(remoe=(0.3, 1.0), miss=(0.1, 0.3), prior=(0.1, 0.2, 0.4)),
+        strengths=Strengths(remoe=(1.0, 3.0), miss=(0.3, 1.0), prior=(0.1, 0.2, 0.4)),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
@@ -138,7 +138,7 @@ class Runner:
         save_router(folder / f"{name}.safetensors", tensors, provenance)
 
 
-def run_study(runner: Runner, seeds: int, out: Path, only: str) -> list[dict[str, Any]]:
+def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> list[dict[str, Any]]:
     """All points, those on file first; a method that tunes is run once per seed."""
     file = out / "points.jsonl"
     points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -147,7 +147,7 @@ def run_study(runner: Runner, seeds: int, out: Path, only: str) -> list[dict[str
         (method, seed)
         for seed in range(seeds)
         for method in methods(runner.study.strengths, runner.study.tuned_slots)
-        if (seed == 0 or method.objective is not None) and only in method.name
+        if (seed == 0 or method.objective is not None) and method.name in (only or [method.name])
     ]
     for number, (method, seed) in enumerate(wanted, 1):
         if (method.name, method.strength, method.slots, seed) in done:
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="folder of the model")
     parser.add_argument("--study", choices=sorted(STUDIES), required=True, help="its settings")
     parser.add_argument("--seeds", type=int, default=3, help="of every method that tunes (default: 3)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="methods whose name has this in it")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for points, routers, table and plot")
     parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the packages")
     options = parser.parse_args(argv)
