@@ -73,7 +73,9 @@ def build(library: Library, request: BuildRequest) -> BuiltEngine:
         config.add_optimization_profile(_profile(builder, request, ranges))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise EdgeError(f"{request.part}: {library} cannot build this graph: {_last(lines)}")
+        words = _last(lines)
+        cure = ": give more with --workspace" if "workspace" in words else ""
+        raise EdgeError(f"{request.part}: {library} cannot build this graph: {words}{cure}")
     return BuiltEngine(engine, network.num_layers, _serialised(cache))
 
 

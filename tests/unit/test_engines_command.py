@@ -14,6 +14,7 @@ from edge import cli
 from edge.engines import format_results
 from export import engine_worker, engines
 from export.engines import PartResult, build_engines, check_memory, estimate_bytes
+from runtime.backends.tensorrt_library import load
 from runtime.bundle import Bundle
 from runtime.engines import EngineOptions, EngineStore, Target, engine_keys
 from runtime.errors import BudgetError, BundleError, EdgeError, UsageError
@@ -189,6 +190,32 @@ def test_check_builds_everything_without_a_gpu(
         assert part["engine_bytes"] > 4 * 64 * 64 * 2
         assert 50_000_000 < part["peak_bytes"] < 600_000_000
     assert not (tmp_path / "kept").exists()
+
+
+@needs_rtx
+def test_real_engines_in_the_store(bundle: Bundle, store: EngineStore) -> None:
+    """TensorRT-RTX through the builder's processes into the store; damaged weights stop it, the rest is kept."""
+    library = load(("tensorrt-rtx",))
+    target, options = Target("tensorrt-rtx", library.version, "sm_86", "86"), EngineOptions(64, 16, 64 << 20)
+    weights = bundle.path / layer_file(1)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"^dense/layer_01\.safetensors: SHA-256 differs from the manifest"):
+        build_engines(bundle, target, options, store, ignore)
+    weights.write_bytes(whole)
+    results = build_engines(bundle, target, options, store, ignore)
+    assert [(r.part, r.reused) for r in results] == [(part, part in PARTS[:2]) for part in PARTS]
+    for part, key in engine_keys(bundle, target, options).items():
+        assert len(store.read(key)) == next(r.engine_bytes for r in results if r.part == part) > 100_000
+
+
+@needs_rtx
+def test_too_little_workspace_is_told_with_the_cure(bundle: Bundle, store: EngineStore) -> None:
+    """TensorRT finds no kernel that works in a kilobyte, and says so."""
+    target = Target("tensorrt-rtx", load(("tensorrt-rtx",)).version, "sm_86", "86")
+    with pytest.raises(EdgeError, match=r"layer_00: .* cannot build this graph: .*workspace.*: give more with --work"):
+        build_engines(bundle, target, EngineOptions(64, 16, 1 << 10), store, ignore)
+    assert store.built_options() == []
 
 
 def test_the_table() -> None:
