@@ -169,9 +169,9 @@ def calibrated(host: Host, rates: Rates, runs: dict[str, Decoded], figure: Calla
             miss_s=figure(0.0, "not fitted yet"),
         ),
     )
-    miss_s = _miss_s(runs["few, missing"], device)
+    miss_s = _miss_s(runs["few, missing"], runs["few"])
     assert device.overheads
-    found = figure(miss_s, "tokens that miss tiny blobs, beyond their parts and the drive")
+    found = figure(miss_s, "what tokens that miss tiny blobs take longer, less their waiting")
     device = replace(device, overheads=replace(device.overheads, miss_s=found))
     sizes = ([runs[f"{name}, missing"], runs[f"{name}, half missing"]] for name in ("medium", "large"))
     return replace(device, streaming=tuple(_streaming(device, missing, figure) for missing in sizes))
@@ -222,15 +222,19 @@ def memory_rate(large: Decoded, steps: StepCosts) -> float:
     return size / seconds
 
 
-def _miss_s(run: Decoded, device: Device) -> float:
-    """What a layer that misses tiny blobs takes longer than its parts and the drive's own time."""
-    costs = device_costs(run.sizes, device)
+def _miss_s(missing: Decoded, resident: Decoded) -> float:
+    """What the steps of a layer take longer when it misses tiny blobs: all but the waiting, which is the drive's."""
+    usual = _median([r.total_ms for r in resident.records if not sum(r.misses)])
     found = []
-    for record in run.records:
+    for record in missing.records:
         layers = sum(m > 0 for m in record.misses)
         if layers:
-            found.append((record.total_ms / 1000 - _predicted_s(costs, run.sizes.top_k, record)) / layers)
-    return max(0.0, statistics.median(found)) if found else 0.0
+            found.append((record.total_ms - record.wait_ms - usual) / layers / 1000)
+    return max(0.0, _median(found))
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else 0.0
 
 
 def _read_share(device: Device, runs: Sequence[Decoded]) -> float:

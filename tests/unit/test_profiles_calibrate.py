@@ -63,6 +63,7 @@ def decoded(options: SyntheticOptions, misses: list[int]) -> Decoded:
         "total_ms": 1000 * (costs.token_s + float(times.total_s.sum())),
         "dense_ms": 1000 * options.layers * dense, "routing_ms": 1000 * options.layers * routing,
         "expert_ms": 1000 * options.layers * expert, "other_ms": 1000 * TRUE["token_s"],
+        "wait_ms": 1000 * float(times.waiting_s.sum()),
         "read_busy_ms": 1000 * float(costs.read_s(np.array(missed, dtype=float)).sum()),
     })  # type: ignore[arg-type]  # fmt: skip
     return Decoded(sizes, [record] * 3)
@@ -87,10 +88,11 @@ def test_known_costs_come_out_again() -> None:
     assert found.memory_read_bytes_per_s.value == pytest.approx(MEMORY, rel=0.02)
     for name, value in TRUE.items():
         # The small models' weights weigh a little after all: 50 kB per layer at 10 GB/s are 5 us.
-        assert getattr(found.overheads, name).value == pytest.approx(value, abs=15e-6), name
+        allowed = 50e-6 if name == "miss_s" else 8e-6  # what the missing tokens do not hide counts as miss_s, too
+        assert getattr(found.overheads, name).value == pytest.approx(value, abs=allowed), name
     for stream, (share, loss) in zip(found.streaming, STREAMING, strict=True):
         assert stream.read_share.value == pytest.approx(share, abs=0.02)
-        assert stream.overlap_loss.value == pytest.approx(loss, abs=0.03)
+        assert stream.overlap_loss.value == pytest.approx(loss, abs=0.05)
     storage = found.storage
     assert [storage.low.value, storage.typical.value, storage.high.value] == [DRIVE / 2, DRIVE, 1.5 * DRIVE]
 
