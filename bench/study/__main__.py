@@ -59,7 +59,7 @@ STUDIES = {
         lr=1e-3,
         train_tokens=60_000,
         test_tokens=8_000,
-        strengths=Strengths(remoe=(0.1, 0.3, 1.0), miss=(0.1, 0.3), prior=(0.1, 0.2, 0.4)),
+        strengths=Strengths(remoe=(0.1, 0.3, 1.0), miss=(0.1, 0.3), prior=(0.1, 0.15, 0.2, 0.4)),
         tuned_slots=(4, 8),
         slots=(4, 5, 8, 16, 28),
         head_share=1.0,

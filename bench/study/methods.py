@@ -64,6 +64,8 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
             objective = replace(_ANCHORED, miss=strength, cache_slots=size)
             yield Method("miss loss, output anchor", strength, objective, slots=size)
         for strength in strengths.prior[1:]:  # a weak prior alone costs next to nothing: it needs no tuning
+            published = replace(_scaled(_PUBLISHED, strengths.remoe[0]), cache_slots=size, prior=strength)
+            yield Method("ReMoE, with the prior", strength, published, prior=strength, slots=size)
             for name, anchor in (("all together", _NO_LOCALITY), ("all together, output anchor", _ANCHORED)):
                 objective = replace(anchor, miss=strengths.miss[0], cache_slots=size, prior=strength)
                 yield Method(name, strength, objective, prior=strength, slots=size)

@@ -16,6 +16,7 @@ PLOTTED = (
     "ReMoE",
     "cache-prior",
     "miss loss, output anchor",
+    "ReMoE, with the prior",
     "all together",
     "all together, output anchor",
 )
