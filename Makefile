@@ -12,9 +12,9 @@ TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 VENV_ARGS ?=
 # What the demo model is asked: an answer, a story, a piece of code.
-QUESTION ?= What is photosynthesis?
+QUESTION ?= Give me three tips for learning a language.
 STORY    ?= Tell me a short story about a lighthouse keeper.
-CODE     ?= Write a Python function that returns the factorial of n.
+CODE     ?= Write a Python function that adds two numbers.
 PYTEST_ARGS ?=
 # What `make profile` measures and how. On a board: BUNDLE=qwen.bundle PROFILE_ARGS="--protocol remoe"
 BUNDLE   ?= $(OUT)/demo.bundle
