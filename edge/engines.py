@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", metavar="N", type=int,
                         help="tokens that the engines can look back at (default: as for generate)")  # fmt: skip
     parser.add_argument("--workspace", metavar="SIZE", type=argument(console.parse_size),
-                        help="memory that TensorRT may use for a kernel (default: 1GiB)")  # fmt: skip
+                        help="memory that TensorRT may compute in (default: 1GiB, or more for many heads)")  # fmt: skip
     parser.add_argument("--prune", action="store_true",
                         help="then remove this model's other engines: of another TensorRT, GPU or option")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -86,13 +86,16 @@ def format_results(results: list[PartResult]) -> str:
 
 def _options(bundle: Bundle, args: argparse.Namespace) -> EngineOptions:
     from runtime.engines import PREFILL_TOKENS, WORKSPACE_BYTES, EngineOptions
+    from runtime.graph_io import attention_scratch_bytes
     from runtime.options import DEFAULT_CONTEXT
 
     most = bundle.config.max_context
     if args.context is not None and not 1 <= args.context <= most:
         raise UsageError(f"--context {args.context}: this model allows 1 to {most} tokens")
     context = args.context or min(most, DEFAULT_CONTEXT)
-    return EngineOptions(context, min(PREFILL_TOKENS, context), args.workspace or WORKSPACE_BYTES)
+    prefill = min(PREFILL_TOKENS, context)
+    least = attention_scratch_bytes(bundle.config, context, prefill)
+    return EngineOptions(context, prefill, args.workspace or max(WORKSPACE_BYTES, 2 * least))
 
 
 def _check_target() -> Target:

@@ -74,7 +74,8 @@ def build(library: Library, request: BuildRequest) -> BuiltEngine:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         words = _last(lines)
-        cure = ": give more with --workspace" if "workspace" in words else ""
+        small = "workspace" in words or "OutOfMemory" in words
+        cure = ": give more with --workspace, or a smaller --context" if small else ""
         raise EdgeError(f"{request.part}: {library} cannot build this graph: {words}{cure}")
     return BuiltEngine(engine, network.num_layers, _serialised(cache))
 

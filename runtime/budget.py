@@ -44,7 +44,7 @@ def _without_experts(bundle: Bundle, backend: str, dtype: torch.dtype, context: 
     largest = max(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith("dense/"))
     return MemoryPlan(
         expert_bytes=0,
-        dense_bytes=backends.weight_bytes(backend, bundle, dtype),
+        dense_bytes=backends.weight_bytes(backend, bundle, dtype) + backends.scratch_bytes(backend, bundle, context),
         kv_bytes=context * kv_bytes_per_token(bundle.config, dtype),
         # On a GPU a file or an engine is read into ordinary memory first.
         loading_bytes=0 if dtype == torch.float16 and backend in backends.ON_CPU else largest,

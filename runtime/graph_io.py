@@ -83,6 +83,13 @@ def weight_files(config: ModelConfig, part: str) -> tuple[str, ...]:
     return ()
 
 
+def attention_scratch_bytes(config: ModelConfig, context: int, prefill: int) -> int:
+    """What a block works in for its longest piece of a prompt: its scores [heads * S, T + S] in fp32, before and after
+    the softmax. TensorRT-RTX was seen to ask for that and a few kB.
+    """
+    return 2 * 4 * config.attention.num_heads * prefill * (context + prefill)
+
+
 def _block_io(config: ModelConfig, x: TensorIO, h: TensorIO, dtype: str) -> PartIO:
     key_row, value_row = config.attention.cache_rows
     turn = ("S", config.rope.dim)

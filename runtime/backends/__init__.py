@@ -41,6 +41,16 @@ def weight_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     return _dense_bytes(name, bundle, dtype) + (0 if name in ON_CPU else GPU_CONTEXT_BYTES)
 
 
+def scratch_bytes(name: str, bundle: Bundle, context: int) -> int:
+    """What the dense parts compute in, where that is much: TensorRT keeps it for the greatest shapes all the time."""
+    if name != "tensorrt":
+        return 0
+    from runtime.engines import PREFILL_TOKENS
+    from runtime.graph_io import attention_scratch_bytes
+
+    return attention_scratch_bytes(bundle.config, context, min(PREFILL_TOKENS, context))
+
+
 def _dense_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
     if name.startswith("onnxruntime"):
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend

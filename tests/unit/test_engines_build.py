@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from export.engine_build import BuildRequest, build, shape_ranges
 from runtime.backends.tensorrt_library import Library, cure, jetpack, load
 from runtime.engines import EngineOptions
 from runtime.errors import EdgeError, UsageError
-from runtime.graph_io import PartIO, TensorIO, dense_parts, part_io, weight_files
+from runtime.graph_io import PartIO, TensorIO, attention_scratch_bytes, dense_parts, part_io, weight_files
 from runtime.layout import graph_file
 from tests.parity.dense_models import MODELS
 from tests.unit.fake_tensorrt import Log, fake_module
@@ -97,6 +98,14 @@ def test_expert_graph_takes_its_tokens() -> None:
     assert decode["h"] == ((1, 64), (1, 64), (1, 64))
     assert prefill["h"] == ((1, 64), (32, 64), (32, 64))
     assert prefill["gate"] == ((24, 64),) * 3
+
+
+def test_what_attention_works_in() -> None:
+    """16 heads, 512 tokens after 4096 rows: 2 x 4 x 16 x 512 x 4608 bytes; TensorRT-RTX asks for 20 kB more than that
+    when it is given too little (302,010,368).
+    """
+    config = replace(CONFIG, attention=replace(CONFIG.attention, num_heads=16))
+    assert attention_scratch_bytes(config, 4096, 512) == 301_989_888
 
 
 def test_releases_without_some_features() -> None:
