@@ -19,6 +19,7 @@ from profiles.calibration import (
     MANY,
     MEDIUM,
     ROUNDS,
+    SMALL,
     STEPS,
     Host,
     Models,
@@ -40,7 +41,7 @@ edge calibrate /mnt/nvme --out board.toml
 edge forecast qwen.bundle --device here.toml
 """
 _SCRATCH_BYTES = 1_500_000_000
-_MODELS = {"few": FEW, "many": MANY, "medium": MEDIUM, "large": LARGE}
+_MODELS = {"few": FEW, "many": MANY, "small": SMALL, "medium": MEDIUM, "large": LARGE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

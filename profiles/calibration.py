@@ -2,7 +2,7 @@
 
 Random models run in the real engine. Two are so small that their bytes cost nothing: what is left is the price of each
 step of the work, and the two differ in experts per token, which gives the price of an expert. The largest is larger
-than a processor's cache: all resident it gives the memory's rate, with few slots, like one with smaller blobs, what
+than a processor's cache: all resident it gives the memory's rate, with few slots, like two with smaller blobs, what
 reading costs beside computing. The drive is read raw as well, by block size and depth. Medians over tokens throughout.
 """
 
@@ -39,12 +39,13 @@ LARGE = SyntheticOptions(
     num_heads=16,
 )
 MEDIUM = replace(LARGE, hidden_size=512, expert_size=512, shared_size=512, num_heads=8)
+SMALL = replace(LARGE, hidden_size=256, expert_size=128, shared_size=128, num_experts=32, top_k=8, num_heads=4)
 BLOCKS_BYTES = (4 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 2, 4, 8)
 ROUNDS = 3
 _TOKENS = {
     "few": 64, "many": 64, "few, missing": 64, "large": 40, "large, missing": 40, "large, half missing": 40,
-    "medium, missing": 40, "medium, half missing": 40,
+    "medium, missing": 40, "medium, half missing": 40, "small, missing": 40, "small, half missing": 40,
 }  # fmt: skip
 STEPS = len(BLOCKS_BYTES) * len(DEPTHS) * ROUNDS + len(_TOKENS)
 
@@ -53,10 +54,11 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Models:
-    """Bundles of FEW, MANY, MEDIUM and LARGE."""
+    """Bundles of FEW, MANY, SMALL, MEDIUM and LARGE."""
 
     few: Path
     many: Path
+    small: Path
     medium: Path
     large: Path
 
@@ -130,6 +132,8 @@ def measure_engine(models: Models, threads: int | None, tick: Tick) -> dict[str,
         "large": (models.large, LARGE.num_experts),
         "large, missing": (models.large, LARGE.top_k),
         "large, half missing": (models.large, LARGE.num_experts // 2),
+        "small, missing": (models.small, SMALL.top_k),
+        "small, half missing": (models.small, SMALL.num_experts // 2),
         "medium, missing": (models.medium, MEDIUM.top_k),
         "medium, half missing": (models.medium, MEDIUM.num_experts // 2),
     }
@@ -173,7 +177,7 @@ def calibrated(host: Host, rates: Rates, runs: dict[str, Decoded], figure: Calla
     assert device.overheads
     found = figure(miss_s, "what tokens that miss tiny blobs take longer, less their waiting")
     device = replace(device, overheads=replace(device.overheads, miss_s=found))
-    sizes = ([runs[f"{name}, missing"], runs[f"{name}, half missing"]] for name in ("medium", "large"))
+    sizes = ([runs[f"{name}, missing"], runs[f"{name}, half missing"]] for name in ("small", "medium", "large"))
     return replace(device, streaming=tuple(_streaming(device, missing, figure) for missing in sizes))
 
 
@@ -223,13 +227,12 @@ def memory_rate(large: Decoded, steps: StepCosts) -> float:
 
 
 def _miss_s(missing: Decoded, resident: Decoded) -> float:
-    """What the steps of a layer take longer when it misses tiny blobs: all but the waiting, which is the drive's."""
+    """What the steps of a token take longer per tiny blob that it misses: all but the waiting, which is the drive's."""
     usual = _median([r.total_ms for r in resident.records if not sum(r.misses)])
     found = []
     for record in missing.records:
-        layers = sum(m > 0 for m in record.misses)
-        if layers:
-            found.append((record.total_ms - record.wait_ms - usual) / layers / 1000)
+        if misses := sum(record.misses):
+            found.append((record.total_ms - record.wait_ms - usual) / misses / 1000)
     return max(0.0, _median(found))
 
 

@@ -1,6 +1,6 @@
 """What the parts of a token cost on a device, and from them the time of a layer: one formula for every forecast.
 
-    layer = dense + routing + max( reading + last missed expert, shared + all experts ) + miss + what is not hidden
+    layer = dense + routing + max( reading + last missed expert, shared + all experts ) + misses + what is not hidden
 
 Reading begins before anything is computed; missed experts are computed as they land. Without overheads in the device
 profile this is a floor: no schedule of these parts is faster. `overlap_loss` is the share of the shorter side (reading,
@@ -35,7 +35,7 @@ class Costs:
     shared_s: float
     expert_s: float
     read_s: Callable[[Array], Array]
-    miss_s: float = 0.0  # per layer that misses anything
+    miss_s: float = 0.0  # per missed expert, beside its reading
     overlap_loss: float = 0.0
 
 
@@ -55,8 +55,7 @@ def layer_times(costs: Costs, top_k: int, misses: Array) -> LayerTimes:
     beside = resident + np.maximum(0.0, misses * costs.expert_s - last)  # all but the last missed expert
     waiting = np.maximum(0.0, reading - beside)
     hidden = np.minimum(reading, beside)
-    once = np.minimum(1.0, misses) * costs.miss_s
-    total = costs.layer_s + beside + waiting + last + once + costs.overlap_loss * hidden
+    total = costs.layer_s + beside + waiting + last + misses * costs.miss_s + costs.overlap_loss * hidden
     return LayerTimes(total, waiting)
 
 

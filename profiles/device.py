@@ -60,7 +60,7 @@ class Overheads:
     block_s: Figure  # per dense block
     routing_s: Figure  # per layer with experts: gates, top-k, asking the cache, putting outputs together
     expert_s: Figure  # per expert computed
-    miss_s: Figure  # per layer that misses anything: waking threads, refilling the processor's caches
+    miss_s: Figure  # per missed expert: handing it to reader threads and back, what that does to processor caches
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from runtime.errors import EdgeError
 from runtime.records import TokenRecord
 
 DRIVE, MEMORY = 2e9, 10e9
-TRUE = {"token_s": 500e-6, "block_s": 60e-6, "routing_s": 50e-6, "expert_s": 30e-6, "miss_s": 300e-6}
-STREAMING = ((0.6, 0.5), (0.8, 0.25))  # read share and overlap loss of the medium and the large model
+TRUE = {"token_s": 500e-6, "block_s": 60e-6, "routing_s": 50e-6, "expert_s": 30e-6, "miss_s": 100e-6}
+STREAMING = ((0.5, 0.6), (0.6, 0.5), (0.8, 0.25))  # read share and overlap loss of blobs, from small to large
 
 
 def figure(value: float, how: str = "a test") -> Figure:
@@ -39,7 +39,7 @@ def true_device() -> Device:
         overheads=Overheads(**{name: figure(value) for name, value in TRUE.items()}),
         streaming=tuple(
             Streaming(sizes_of(model).blob_bytes, figure(share), figure(loss))
-            for model, (share, loss) in zip((MEDIUM, LARGE), STREAMING, strict=True)
+            for model, (share, loss) in zip((calibration.SMALL, MEDIUM, LARGE), STREAMING, strict=True)
         ),
     )  # fmt: skip
 
@@ -74,7 +74,8 @@ def runs() -> dict[str, Decoded]:
         "few": decoded(FEW, []), "many": decoded(MANY, []), "large": decoded(LARGE, []),
         "few, missing": decoded(FEW, [2] * 8), "large, missing": decoded(LARGE, [4, 4, 3, 4]),
         "large, half missing": decoded(LARGE, [2, 1, 0, 3]), "medium, missing": decoded(MEDIUM, [4, 4, 4, 4]),
-        "medium, half missing": decoded(MEDIUM, [2, 1, 0, 3]),
+        "medium, half missing": decoded(MEDIUM, [2, 1, 0, 3]), "small, missing": decoded(calibration.SMALL, [8] * 4),
+        "small, half missing": decoded(calibration.SMALL, [2, 5, 0, 3]),
     }  # fmt: skip
 
 
@@ -88,11 +89,11 @@ def test_known_costs_come_out_again() -> None:
     assert found.memory_read_bytes_per_s.value == pytest.approx(MEMORY, rel=0.02)
     for name, value in TRUE.items():
         # The small models' weights weigh a little after all: 50 kB per layer at 10 GB/s are 5 us.
-        allowed = 50e-6 if name == "miss_s" else 8e-6  # what the missing tokens do not hide counts as miss_s, too
+        allowed = 30e-6 if name == "miss_s" else 8e-6  # what the missing tokens do not hide counts as miss_s, too
         assert getattr(found.overheads, name).value == pytest.approx(value, abs=allowed), name
     for stream, (share, loss) in zip(found.streaming, STREAMING, strict=True):
         assert stream.read_share.value == pytest.approx(share, abs=0.02)
-        assert stream.overlap_loss.value == pytest.approx(loss, abs=0.05)
+        assert stream.overlap_loss.value == pytest.approx(loss, abs=0.15)  # some of it counts as miss_s
     storage = found.storage
     assert [storage.low.value, storage.typical.value, storage.high.value] == [DRIVE / 2, DRIVE, 1.5 * DRIVE]
 
@@ -126,7 +127,7 @@ SMALL = dataclasses.replace(LARGE, hidden_size=128, expert_size=512, shared_size
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("medium", "large"):
+    for name in ("small", "medium", "large"):
         monkeypatch.setitem(calibrate._MODELS, name, SMALL)
     monkeypatch.setattr(calibration, "_TOKENS", dict.fromkeys(calibration._TOKENS, 8))
 
