@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -133,6 +134,22 @@ def test_the_share_of_tokens_at_the_head_estimates_the_whole(loaded: tuple[Any, 
     part = run(loaded, data, dataclasses.replace(options, head_share=0.5)).history[0]["ce"]
     assert part != whole
     assert part == pytest.approx(whole, rel=0.1)
+
+
+def test_bf16_weights_with_fp32_gates(loaded: tuple[Any, ModelConfig], data: Sequences) -> None:
+    """Frozen weights in bf16 move the loss by their rounding; gates and their terms stay fp32."""
+    objective = dataclasses.replace(LOCAL, lm_kl=1.0)
+    options = dataclasses.replace(OPTIONS, objective=objective, steps=2)
+    exact = run(loaded, data, options)
+    narrow = copy.deepcopy(loaded[0]).bfloat16()
+    rounded = tune(narrow, loaded[1], data, options)
+    assert {t.dtype for t in rounded.tensors.values()} == {torch.float32}
+    assert rounded.history[0]["ce"] == pytest.approx(exact.history[0]["ce"], rel=0.02)
+    assert rounded.history[0]["reuse"] == pytest.approx(exact.history[0]["reuse"], rel=0.05)
+    for name, tensor in exact.tensors.items():
+        assert not torch.equal(rounded.tensors[name], rounded.stock[name])
+        torch.testing.assert_close(rounded.tensors[name], tensor, rtol=0, atol=0.02)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(
