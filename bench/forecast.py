@@ -107,7 +107,7 @@ def run_case(case: Case, device: Device, options: ForecastOptions) -> Outcome:
     with _engine(case.bundle, case.router, case.slots, options) as engine:
         for prompt in case.prompts:
             engine.empty_cache()
-            records += [token.record for token in engine.generate(prompt, _generate(options))][1:]
+            records += [token.record for token in engine.generate(prompt, _generate(engine, options))][1:]
     return Outcome(
         predicted_ms=float(np.median(prediction.tpot_ms)),
         fast_ms=float(np.median(prediction.fast_ms)),
@@ -179,7 +179,7 @@ def _record(path: Path, router: str, options: ForecastOptions) -> tuple[list[lis
     """Prompts, and the routing of their answers: what the cache holds does not change it."""
     with _engine(path, router, None, options) as engine, watching(engine) as watcher:
         prompts = _prompts(engine, options)
-        blocks = [record_generation(engine, watcher, n, ids, _generate(options)) for n, ids in enumerate(prompts)]
+        blocks = [record_generation(engine, watcher, n, ids, _generate(engine, options)) for n, ids in enumerate(prompts)]
         info = info_of(engine, "generated", Origin("bench.forecast", "0" * 64))
         return prompts, Trace.from_blocks(info, [block for block in blocks if block is not None])
 
@@ -195,9 +195,10 @@ def _prompts(engine: Engine, options: ForecastOptions) -> list[list[int]]:
     return fitting[:_PROMPTS]
 
 
-def _generate(options: ForecastOptions) -> GenerateOptions:
-    """Drawn with a fixed seed: a random model that is greedy may say one word for ever."""
-    return GenerateOptions(max_new_tokens=options.tokens + 1, temperature=1.0, seed=0, ignore_eos=True)
+def _generate(engine: Engine, options: ForecastOptions) -> GenerateOptions:
+    """Greedy, as forecasts are made; a random model, which may then say one word for ever, draws with a fixed seed."""
+    temperature = 0.0 if engine.tokenizer is not None else 1.0
+    return GenerateOptions(max_new_tokens=options.tokens + 1, temperature=temperature, ignore_eos=True)
 
 
 @contextmanager
