@@ -179,7 +179,9 @@ def _record(path: Path, router: str, options: ForecastOptions) -> tuple[list[lis
     """Prompts, and the routing of their answers: what the cache holds does not change it."""
     with _engine(path, router, None, options) as engine, watching(engine) as watcher:
         prompts = _prompts(engine, options)
-        blocks = [record_generation(engine, watcher, n, ids, _generate(engine, options)) for n, ids in enumerate(prompts)]
+        blocks = [
+            record_generation(engine, watcher, n, ids, _generate(engine, options)) for n, ids in enumerate(prompts)
+        ]
         info = info_of(engine, "generated", Origin("bench.forecast", "0" * 64))
         return prompts, Trace.from_blocks(info, [block for block in blocks if block is not None])
 
