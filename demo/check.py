@@ -1,4 +1,4 @@
-"""Shows that the demo checkpoint is what it claims: `python -m demo.check out/demo-checkpoint`.
+"""Shows that the large demo checkpoint is what it claims: `python -m demo.check out/demo-large-checkpoint`.
 
 Compares it with the dense model in transformers (logits, greedy text), and its tokenizer with transformers' own
 conversion of the GGUF file. Needs transformers; about 90 seconds on two cores.

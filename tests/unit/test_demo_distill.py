@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from demo.build import write_checkpoint
 from demo.distill import distil as stages
+from demo.distill.curve import draw, legs, points
 from demo.distill.distil import DistilOptions, distil
 from demo.distill.local import LocalOptions, feed_forward_inputs, fit_layers
 from demo.distill.mixture import Mixture
@@ -131,6 +132,20 @@ def test_packed_and_rebuilt_speaks_as_the_student(
         expected = student.network.logits(student(rows, top_k=8).hidden[-1])
         torch.testing.assert_close(rebuilt(rows).logits, expected, atol=0.05, rtol=0.02)  # weights and gates are fp16
     assert len(rebuilt.model.layers) == LAYERS
+
+
+def test_curve_of_two_legs(tmp_path: Path) -> None:
+    """Ten steps of 100 tokens, then five: the second leg goes on where the first ended."""
+    log = tmp_path / "log.jsonl"
+    rows = [
+        {"step": n, "tokens": 100 * n, "kl": kl} for kl, count in ((0.5, 10), (0.25, 5)) for n in range(1, count + 1)
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = legs(log)
+    assert points(first, 0) == ([1.0], [0.5])
+    assert points(second, 1000) == ([1.5], [0.25])
+    draw(log, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 2000
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
