@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge.cli import main
@@ -300,6 +300,7 @@ def rendered(drawn: dict[str, Any], values: int, suffix: str) -> list[tuple[str,
     drawn=fields(), keep=st.integers(1, 30), seed=st.integers(0, 1 << 30), values=st.integers(1, 3),
     suffix=st.sampled_from(["", "mW"]), space=st.sampled_from([" ", "   ", "\t", "          "]),
 )  # fmt: skip
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 def test_any_order_absence_and_spacing(
     drawn: dict[str, Any], keep: int, seed: int, values: int, suffix: str, space: str
 ) -> None:
