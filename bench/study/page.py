@@ -146,21 +146,22 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 4.2), squeeze=False)
-    for axis, size in zip(axes[0], sizes, strict=True):
+    columns = min(3, len(sizes))
+    lines = -(-len(sizes) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.8 * lines), squeeze=False)
+    for axis in axes.flat[len(sizes) :]:
+        axis.axis("off")
+    for axis, size in zip(axes.flat, sizes, strict=False):
         found = rows(points, size)
         for number, name in enumerate(PLOTTED):
             line = sorted((row.kl, row.misses) for row in found if row.method == name)
             if line:
                 style = "o" if len(line) == 1 else "o-"
                 axis.plot(*zip(*line, strict=True), style, ms=4, lw=1.2, label=name, color=f"C{number}")
-        axis.set(
-            title=f"{size} slots ({size / top_k:.1f} K)", xlabel="KL to the stock model, nats per token", ylim=(0, None)
-        )
-        axis.set_xscale("symlog", linthresh=1e-3)
+        axis.set(title=f"{size} slots ({size / top_k:.1f} K)", xlim=(-0.002, None), ylim=(0, None))
+        axis.set(xlabel="KL to the stock model, nats per token", ylabel="misses per layer and token")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("misses per layer and token")
-    axes[0][-1].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
