@@ -117,7 +117,7 @@ profile: $(VENV)/.installed ## measure the demo model (or BUNDLE=) over three wo
 report: $(VENV)/.installed ## the newest runs of `make profile` as HTML pages (needs matplotlib, which it installs)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[bench]"
 	@ls -d $(PROFILE)/*/ >/dev/null 2>&1 || { echo "make: no runs in $(PROFILE): run make profile" >&2; exit 1; }
-	@set -e; for run in $$(ls -d $(PROFILE)/*/ | tail -1)*/; do $(BIN)/edge report $$run; done
+	@set -e; for run in $$(ls -dt $(PROFILE)/*/ | head -1)*/; do $(BIN)/edge report $$run; done
 
 clean: ## remove what was built; the environment stays (rm -r .venv removes it)
 	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
