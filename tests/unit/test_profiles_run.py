@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTegrastats]:
     fake = FakeTegrastats(tmp_path, monkeypatch)
     yield fake
+    end = time.monotonic() + 5  # a killed process group is gone a moment after the signal
+    while fake.running() and time.monotonic() < end:
+        time.sleep(0.01)
     assert fake.running() == []
 
 
