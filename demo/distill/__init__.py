@@ -1,3 +1,3 @@
 """SmolLM2-135M-Instruct as a trained fine-grained mixture of experts: split, route, distil, pack, rebuild."""
 
-EXPERTS, TOP_K, SHARED, RANK = 32, 8, 512, 32
+EXPERTS, TOP_K, SHARED, RANK = 32, 8, 768, 32

@@ -1,8 +1,8 @@
 """Which neurons of a dense feed-forward layer become the shared expert, and which routed expert holds which others.
 
 Shared are the neurons that contribute most, summed over tokens. The others are put into E clusters of neurons that
-speak for the same tokens (balanced k-means on co-activation). Then every neuron gets a second home, the best cluster
-that does not hold it yet: so an expert has 2 R / E neurons, and two experts for a token seldom lack the same thing.
+speak for the same tokens (balanced k-means on co-activation). Then every neuron gets two more homes, the best clusters
+that do not hold it yet: so an expert has 3 R / E neurons, and the experts of a token seldom lack the same thing.
 
 Shapes: T tokens, H hidden, I neurons, S shared neurons, R = I - S routed neurons, E experts.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-HOMES = 2  # experts that hold one routed neuron
+HOMES = 3  # experts that hold one routed neuron
 _LOUD_SHARE = 1 / 3  # of all neurons: the loudest of a token, which count for being shared
 _ACTIVE_SHARE = 1 / 6  # of the routed neurons: those of a token that count as active
 _SKETCH = 256  # dimensions of the random projection of a neuron's activity
@@ -48,7 +48,7 @@ def split_neurons(contributions: torch.Tensor, shared: int, experts: int, seed: 
     best = score.topk(shared).indices.sort().values
     routed = torch.ones(total, dtype=torch.bool).index_fill_(0, best, False).nonzero().squeeze(1)
     sketches = _sketches(contributions[:, routed], seed)
-    homes = two_homes(sketches, experts, seed)
+    homes = find_homes(sketches, experts, seed)
     rows = [routed[np.flatnonzero((homes == e).any(1))] for e in range(experts)]
     return Split(best, torch.stack(rows))
 
@@ -62,7 +62,7 @@ def _sketches(contributions: torch.Tensor, seed: int) -> npt.NDArray[np.float32]
     return F.normalize(active.T @ projection, dim=1).numpy()
 
 
-def two_homes(vectors: npt.NDArray[np.float32], experts: int, seed: int) -> npt.NDArray[np.int64]:
+def find_homes(vectors: npt.NDArray[np.float32], experts: int, seed: int) -> npt.NDArray[np.int64]:
     """Clusters [R, HOMES] of unit vectors [R, D]: different ones per row, and R / E rows per cluster and column."""
     count = len(vectors)
     start = np.random.RandomState(seed).permutation(count)[:experts]
@@ -72,8 +72,11 @@ def two_homes(vectors: npt.NDArray[np.float32], experts: int, seed: int) -> npt.
         centroids = np.stack([vectors[first == e].mean(0) for e in range(experts)])
         centroids /= np.linalg.norm(centroids, axis=1, keepdims=True) + 1e-9
     likeness = vectors @ centroids.T
-    likeness[np.arange(count), first] = -10.0  # cosines are at least -1: nobody is sent home twice
-    return np.stack([first, _balanced(likeness)], axis=1)
+    homes = [first]
+    while len(homes) < HOMES:
+        likeness[np.arange(count), homes[-1]] = -10.0  # cosines are at least -1: nobody is sent to one home again
+        homes.append(_balanced(likeness))
+    return np.stack(homes, axis=1)
 
 
 def _balanced(likeness: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

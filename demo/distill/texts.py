@@ -1,4 +1,4 @@
-"""What the mixture is trained on: chats that the dense model wrote, speeches and novels, and Python with its docs."""
+"""What the mixture is trained on besides chats that the dense model wrote: speeches, a novel, a manual, Python."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ PIECE = 12_000  # characters of a document that are used, so that no single one 
 
 
 def training_rows(tokenizer: Any, download: Path, rows: int, length: int) -> torch.Tensor:
-    """Token ids [rows, length] int64 of prose and code, half each, documents one after the other."""
-    prose = data.load("prose", "train", download)
-    halves = [_rows(tokenizer, texts, rows // 2, length) for texts in (prose, _modules(download))]
-    return torch.cat(halves)
+    """Token ids [rows, length] int64 of prose, a manual and code, a third each, documents one after the other."""
+    sources = (data.load("prose", "train", download), data.load("docs", "train", download), _modules(download))
+    return torch.cat([_rows(tokenizer, texts, rows // len(sources), length) for texts in sources])
 
 
 def _modules(download: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Trains the demo model from the dense one: `python -m demo.distill.train --out out/demo-model`.
 
-1. The dense model writes chats; speeches, a novel and Python modules join them.
+1. The dense model writes chats; speeches, a novel, Django's manual and Python modules join them.
 2. Every layer by itself: neurons are split, the gate starts from a regression, then learns with a low-rank change.
 3. All layers together learn the dense model's next-token distribution, by the clock.
 4. The result is packed into mixture.safetensors, from which `demo.build` makes the checkpoint.
@@ -44,7 +44,7 @@ CHATS = (
     (96, 256),
     (96, 256),
 )  # rows and tokens of a batch that the model writes; seed: its place
-TEXT_ROWS = 560
+TEXT_ROWS = 600
 WAKING_ROWS = 16
 LOCAL_ROWS = 24  # rows of chats, and as many of other text, that the first stage sees
 

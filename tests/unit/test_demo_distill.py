@@ -19,7 +19,7 @@ from demo.distill.mixture import Mixture
 from demo.distill.network import Network
 from demo.distill.pack import Packed, pack
 from demo.distill.selfwrite import write_chats
-from demo.distill.split import Split, split_neurons, two_homes
+from demo.distill.split import HOMES, Split, find_homes, split_neurons
 from demo.distill.student import Student, dense_pass, divergence
 from demo.reference import dense_model
 from demo.source import DenseSource
@@ -60,32 +60,32 @@ def test_network_is_the_model_that_transformers_runs(source: DenseSource, networ
 
 
 def test_split_finds_neurons_that_speak_together() -> None:
-    """Neurons 0 and 1 are always loud; 2-3 speak for even tokens, 4-5 for odd ones."""
-    contributions = torch.full((64, 6), 0.01)
+    """Neurons 0 and 1 are always loud; of the others, every third token has its own pair."""
+    contributions = torch.full((66, 8), 0.01)
     contributions[:, :2] = 5.0
-    contributions[::2, 2:4] = 1.0
-    contributions[1::2, 4:] = 1.0
-    split = split_neurons(contributions + 1e-4 * torch.rand(64, 6), shared=2, experts=2, seed=0)
+    for token in range(3):
+        contributions[token::3, 2 + 2 * token : 4 + 2 * token] = 1.0
+    split = split_neurons(contributions + 1e-4 * torch.rand(66, 8), shared=2, experts=3, seed=0)
     assert split.shared.tolist() == [0, 1]
-    assert split.routed.tolist() == [2, 3, 4, 5]
-    assert split.membership().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]  # two experts, two homes: everywhere
+    assert split.routed.tolist() == [2, 3, 4, 5, 6, 7]
+    assert split.membership().tolist() == [[1.0] * 6] * 3  # as many homes as experts: everywhere
 
 
-def test_homes_are_two_different_experts_of_equal_size() -> None:
+def test_homes_are_different_experts_of_equal_size() -> None:
     vectors = F.normalize(torch.randn(48, 16, generator=torch.Generator().manual_seed(1)), dim=1).numpy()
-    homes = two_homes(vectors, 8, seed=0)
-    assert (homes[:, 0] != homes[:, 1]).all()
-    for column in (0, 1):
+    homes = find_homes(vectors, 8, seed=0)
+    assert all(len(set(row)) == HOMES for row in homes.tolist())
+    for column in range(HOMES):
         assert np.bincount(homes[:, column], minlength=8).tolist() == [6] * 8
 
 
 def test_a_neuron_counts_with_the_sum_of_its_experts(network: Network) -> None:
-    """With all experts chosen and gate 0, every weight is c / E: with c = E / 2 and two homes, the dense layer."""
+    """With all experts chosen and gate 0, every weight is c / E: with c = E / HOMES, the dense layer."""
     layer = network.layers[0]
     routed = torch.arange(SHARED, INNER)
-    homes = torch.stack([routed.view(EXPERTS, -1), routed.view(EXPERTS, -1).roll(1, 0)], dim=2).flatten(1)
+    homes = torch.cat([routed.view(EXPERTS, -1).roll(home, 0) for home in range(HOMES)], dim=1)
     split = Split(torch.arange(SHARED), homes.sort().values)
-    mixture = Mixture(layer, split, torch.zeros(EXPERTS, HIDDEN), float(np.log(EXPERTS / 2)), rank=2)
+    mixture = Mixture(layer, split, torch.zeros(EXPERTS, HIDDEN), float(np.log(EXPERTS / HOMES)), rank=2)
     h = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(mixture(h, top_k=EXPERTS).output, network.mlp(layer, h), atol=1e-4, rtol=1e-4)
 
