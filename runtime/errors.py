@@ -29,3 +29,9 @@ class BudgetError(UsageError):
 
 class ReadError(EdgeError):
     """An expert blob could not be read whole and unchanged. Names the blob; the engine can serve the next request."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in one line of ours; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

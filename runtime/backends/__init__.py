@@ -56,13 +56,10 @@ def _dense_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:
         from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend.weight_bytes(bundle, dtype)
-    if name == "tensorrt":
-        from runtime.backends.tensorrt_backend import TensorRTBackend
-
-        return TensorRTBackend.weight_bytes(bundle, dtype)
-    from runtime.backends.torch_backend import TorchBackend
-
-    return TorchBackend.weight_bytes(bundle, dtype)
+    files = bundle.manifest.files
+    stored = sum(e.bytes for name, e in files.items() if name.startswith("dense/") and name.endswith("tensors"))
+    # Engines hold the weights as they are stored, torch holds them in the compute dtype.
+    return stored if name == "tensorrt" else stored * dtype.itemsize // 2
 
 
 def create(

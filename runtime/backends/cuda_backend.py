@@ -1,26 +1,24 @@
-"""torch on a GPU: the same formulas as the torch back-end, dense weights in the GPU's memory, experts in mapped slots.
+"""torch on a GPU: the formulas of torch_parts.py, dense weights in the GPU's memory, experts in mapped slots.
 
 `GpuBackend` is what every back-end on a GPU shares: embedding, experts from their slots, the stream.
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 
 import torch
 
 from runtime.arena import Slots
-from runtime.backends.attention import Attention, rms_norm
 from runtime.backends.products import FEW_ROWS, Products
+from runtime.backends.torch_parts import TorchDense, TorchExpert, load_weights
 from runtime.bundle import Bundle
 from runtime.cuda.arena import CudaArena
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.expert_kernel import ExpertKernel
-from runtime.dense import load_tensors
-from runtime.errors import UsageError
+from runtime.errors import BudgetError, UsageError, first_line
 from runtime.kv_cache import KVCache
-from runtime.layout import EMBED_FILE, HEAD_FILE, embed_tensors, head_tensors, layer_file, layer_tensors
+from runtime.layout import EMBED_FILE, embed_tensors
 
 
 class GpuBackend:
@@ -34,13 +32,11 @@ class GpuBackend:
         self.device, self.dtype = gpu.torch, dtype
         self._products = Products(dtype, config.activation, compiled=False)
         with gpu.stream.current():
-            self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
-        inner, hidden = config.expert_intermediate_size, config.hidden_size
-        self._split = 2 * inner * hidden
-        self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
-        self._scratch = torch.empty(3 * inner * hidden, dtype=dtype, device=self.device)
+            self._embed = load_weights(bundle, EMBED_FILE, embed_tensors(config), dtype, self.device)["embed"]
+        self._expert = TorchExpert(config, self._products)
+        self._scratch = torch.empty(self._expert.values, dtype=dtype, device=self.device)
         self._kernel: ExpertKernel | None = None
-        self._mixed = torch.empty(inner, device=self.device)
+        self._mixed = torch.empty(config.expert_intermediate_size, device=self.device)
 
     def step(self, count: int) -> AbstractContextManager[None]:
         """Everything inside is given to the stream that computes."""
@@ -70,8 +66,7 @@ class GpuBackend:
             return y
         if self.dtype != torch.float16 or (self._gpu.cuda.gpu.integrated and len(h) > FEW_ROWS):
             slot = self._scratch.copy_(slot)
-        gate_up, down = slot[: self._split], slot[self._split :]
-        return self._products.gated(h, gate_up.view(self._gate_up_shape), down.view(self._down_shape))
+        return self._expert.run(h, slot)
 
     def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
         """Slots that the disk fills and the GPU reads. Raises BudgetError."""
@@ -79,13 +74,6 @@ class GpuBackend:
 
     def synchronise(self) -> None:
         self._gpu.cuda.synchronise(self._gpu.stream.handle)
-
-    def _load(self, bundle: Bundle, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Weights in the compute dtype; those of norms in fp32, in which norms are computed."""
-        return {
-            tensor: values.to(self.device, torch.float32 if tensor.endswith("norm") else self.dtype)
-            for tensor, values in load_tensors(bundle, name, shapes).items()
-        }
 
 
 class CudaBackend(GpuBackend):
@@ -99,48 +87,16 @@ class CudaBackend(GpuBackend):
         self.arithmetic = f"torch on {gpu.cuda.gpu.name}"
         try:
             super().__init__(bundle, dtype, gpu)
-            self._load_dense(bundle)
+            with gpu.stream.current():
+                self._dense = TorchDense(bundle, self._products, dtype, self.device, self._embed)
         except torch.OutOfMemoryError as error:
-            raise UsageError(f"the dense weights do not fit on {gpu.cuda.gpu.name}: {first_line(error)}") from None
-
-    @staticmethod
-    def weight_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
-        """Memory for the dense weights in `dtype`, bytes."""
-        config = bundle.config
-        tables = [embed_tensors(config), head_tensors(config)]
-        tables += [layer_tensors(config, layer) for layer in range(config.num_layers)]
-        return dtype.itemsize * sum(math.prod(shape) for table in tables for shape in table.values())
+            raise BudgetError(f"the dense weights do not fit on {gpu.cuda.gpu.name}: {first_line(error)}") from None
 
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, config = self._layers[layer], self._config
-        normed = rms_norm(x, weights["attn_norm"], config.norm_eps).to(self.dtype)
-        attended = self._attention(weights, layer, normed, cache)
-        x = torch.add(x, attended, alpha=config.residual_scale)
-        return x, rms_norm(x, weights["ffn_norm"], config.norm_eps).to(self.dtype)
+        return self._dense.run_block(layer, x, cache)
 
     def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        weights = self._layers[layer]
-        out = self._products.gated(h, weights["mlp.gate_up"], weights["mlp.down"])
-        if "mlp.router" in weights:
-            out = out * self._products.linear_fp32(h, weights["mlp.router"]).sigmoid()
-        return out
+        return self._dense.run_mlp(layer, h)
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
-        normed = rms_norm(x, self._norm, self._config.norm_eps).to(self.dtype)
-        return self._products.linear_fp32(normed, self._head) * self._config.logits_scale
-
-    def _load_dense(self, bundle: Bundle) -> None:
-        config = self._config
-        with self._gpu.stream.current():
-            head = self._load(bundle, HEAD_FILE, head_tensors(config))
-            self._norm, self._head = head["norm"], head.get("head", self._embed)
-            self._layers = [
-                self._load(bundle, layer_file(layer), layer_tensors(config, layer))
-                for layer in range(config.num_layers)
-            ]
-        self._attention = Attention(config, self._products, self.device)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().split("\n")[0][:300]
+        return self._dense.run_head(x)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from runtime.backends.cuda_backend import GpuBackend
+from runtime.backends.graph_inputs import CausalMask, no_past
 from runtime.backends.tensorrt_engine import ALIGNMENT, DECODE, PREFILL, Loader, Part
 from runtime.backends.tensorrt_graphs import DecodeGraphs
 from runtime.backends.tensorrt_library import Library, load
@@ -60,16 +61,8 @@ class TensorRTBackend(GpuBackend):
         self._graphs = DecodeGraphs(self._config, gpu, self._parts) if graphs else None
         self.arithmetic += ", as CUDA graphs" if graphs else ""
         self._rope = RopeTable(self._config.rope, self.device)
-        self._mask: tuple[tuple[int, int], torch.Tensor] = ((0, 0), torch.zeros(0))
-        self._no_past = tuple(
-            torch.zeros(1, *row, dtype=dtype, device=self.device) for row in self._config.attention.cache_rows
-        )
-
-    @staticmethod
-    def weight_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
-        """Memory for the dense weights, bytes: inside the engines, and the embedding table."""
-        files = bundle.manifest.files
-        return sum(e.bytes for name, e in files.items() if name.startswith("dense/") and name.endswith("tensors"))
+        self._mask = CausalMask(self.device)
+        self._no_past = no_past(self._config, dtype, self.device)
 
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         count, past = len(x), cache.length
@@ -77,7 +70,7 @@ class TensorRTBackend(GpuBackend):
             return self._graphs.run_block(layer, x, self._rope.rows(past, 1), cache)
         cos, sin = self._rope.rows(past, count)
         past_k, past_v = (rows[layer, :past] for rows in (cache.keys, cache.values)) if past else self._no_past
-        inputs = {"x": x, "cos": cos, "sin": sin, "mask": self._causal_mask(past, count)}
+        inputs = {"x": x, "cos": cos, "sin": sin, "mask": self._mask.rows(past, count)}
         x_attn, h = torch.empty_like(x), torch.empty(x.shape, dtype=self.dtype, device=self.device)
         new, finish = _next_rows(cache, layer, count)
         self._run(
@@ -103,14 +96,6 @@ class TensorRTBackend(GpuBackend):
         profile = DECODE if len(first) == 1 else PREFILL
         inputs = {name: aligned(tensor) for name, tensor in inputs.items()}
         self._parts[part].run(profile, inputs, outputs, self._gpu.stream.handle)
-
-    def _causal_mask(self, past: int, count: int) -> torch.Tensor:
-        """[S, T + S] fp32: token i sees the past and new tokens up to itself; without a past, T is one hidden row."""
-        if self._mask[0] != (past, count):
-            hidden = torch.full((count, count), float("-inf")).triu(1)
-            before = torch.full((count, max(past, 1)), 0.0 if past else float("-inf"))
-            self._mask = (past, count), torch.cat([before, hidden], dim=1).to(self.device)
-        return self._mask[1]
 
     def _load_parts(
         self, bundle: Bundle, library: Library, store: EngineStore, target: Target, options: EngineOptions

@@ -16,7 +16,7 @@ from runtime.graph_io import PartIO, TensorIO
 
 DECODE, PREFILL = 0, 1  # the profiles' places, as export/engine_build.py adds them
 ALIGNMENT = 256  # of every address that TensorRT is given
-_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # by the names of TensorIO
 
 
 class Loader:
@@ -143,6 +143,6 @@ class Call:
 
     def _bind(self, wanted: TensorIO, tensor: torch.Tensor) -> None:
         address = tensor.data_ptr()
-        assert tensor.is_contiguous() and tensor.dtype == _DTYPES[wanted.dtype], wanted.name
+        assert tensor.is_contiguous() and tensor.dtype == TORCH_DTYPES[wanted.dtype], wanted.name
         assert address % ALIGNMENT == 0, f"{wanted.name} lies at {address:#x}"
         self._demand(self._context.set_tensor_address(wanted.name, address), f"address {address:#x} of {wanted.name}")

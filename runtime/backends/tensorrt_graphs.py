@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.backends.tensorrt_engine import DECODE, Call, Part
+from runtime.backends.tensorrt_engine import DECODE, TORCH_DTYPES, Call, Part
 from runtime.config import ModelConfig
 from runtime.cuda.device import Device
 from runtime.graph_io import block_part, part_io
@@ -37,11 +37,10 @@ class DecodeGraphs:
         self._gpu, self._parts = gpu, parts
         self._captured: dict[tuple[int, int, int], Captured] = {}
         sizes = {"S": 1, "T": 1}
-        dtypes = {"fp16": torch.float16, "fp32": torch.float32}
         io = part_io(config, block_part(0))
         fixed = (*io.inputs[:3], *io.outputs)  # x, cos, sin; every layer uses the same buffers, one after the other
         self._buffers = {
-            tensor.name: torch.zeros(tensor.shape(sizes), dtype=dtypes[tensor.dtype], device=gpu.torch)
+            tensor.name: torch.zeros(tensor.shape(sizes), dtype=TORCH_DTYPES[tensor.dtype], device=gpu.torch)
             for tensor in fixed
         }
         self._outputs = {tensor.name: self._buffers[tensor.name] for tensor in io.outputs}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.errors import UsageError
+from runtime.errors import UsageError, first_line
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -47,7 +47,7 @@ def load(flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx"), find: Imp
             module = find(name)
             version = str(module.__version__)
         except (ImportError, OSError, AttributeError) as error:  # a missing library of its own is an OSError
-            problems.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            problems.append(f"{name}: {first_line(error)}")
             continue
         return Library(module, flavour, version)
     raise UsageError(f"TensorRT cannot be used ({'; '.join(problems)}): {cure(flavours)}")

@@ -1,4 +1,4 @@
-"""The torch back-end on the CPU: the definition that the other back-ends are compared with."""
+"""The torch back-end on the CPU; single tokens of a model that suits it go through the compiled block."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from runtime.arena import Arena, Slots
-from runtime.backends.attention import Attention, rms_norm
 from runtime.backends.block import CompiledBlock, suits
 from runtime.backends.products import FEW_ROWS, Products
+from runtime.backends.torch_parts import TorchDense, TorchExpert, load_weights
 from runtime.bundle import Bundle
-from runtime.config import ModelConfig
-from runtime.dense import load_tensors
 from runtime.kv_cache import KVCache
-from runtime.layout import EMBED_FILE, HEAD_FILE, embed_tensors, head_tensors, layer_file, layer_tensors
+from runtime.layout import EMBED_FILE, embed_tensors
 
 
 class TorchBackend:
@@ -27,29 +25,16 @@ class TorchBackend:
         config = bundle.config
         self.device = torch.device("cpu")
         self.dtype = dtype
-        self._config: ModelConfig = config
+        self._embed_scale = config.embed_scale
         self._threads = torch.get_num_threads()
         self._products = Products(dtype, config.activation)
-        self.arithmetic = "compiled kernel" if self._products.kernel else "torch"
-        self._embed = self._load(bundle, EMBED_FILE, embed_tensors(config))["embed"]
-        head = self._load(bundle, HEAD_FILE, head_tensors(config))
-        self._norm, self._head = head["norm"], head.get("head", self._embed)
-        self._layers = [self._load(bundle, layer_file(n), layer_tensors(config, n)) for n in range(config.num_layers)]
-        self._attention = Attention(config, self._products)
-        kernel = self._products.kernel if suits(config) else None
-        self._block = None if kernel is None else CompiledBlock(config, kernel, self._layers)
-        inner, hidden = config.expert_intermediate_size, config.hidden_size
-        self._split = 2 * inner * hidden
-        self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)
-        same = dtype == torch.float16
-        self._scratch = None if same else torch.empty(3 * inner * hidden, dtype=dtype)
-
-    @staticmethod
-    def weight_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
-        """Memory for the dense weights in `dtype`, bytes."""
-        files = bundle.manifest.files
-        stored = sum(e.bytes for name, e in files.items() if name.startswith("dense/") and name.endswith("tensors"))
-        return stored * dtype.itemsize // 2
+        kernel = self._products.kernel
+        self.arithmetic = "compiled kernel" if kernel else "torch"
+        self._embed = load_weights(bundle, EMBED_FILE, embed_tensors(config), dtype, self.device)["embed"]
+        self._dense = TorchDense(bundle, self._products, dtype, self.device, self._embed)
+        self._block = CompiledBlock(config, kernel, self._dense.layers) if kernel and suits(config) else None
+        self._expert = TorchExpert(config, self._products)
+        self._scratch = None if dtype == torch.float16 else torch.empty(self._expert.values, dtype=dtype)
 
     @contextmanager
     def step(self, count: int) -> Iterator[None]:
@@ -63,43 +48,24 @@ class TorchBackend:
             torch.set_num_threads(self._threads)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self._embed[token_ids].float() * self._config.embed_scale
+        return self._embed[token_ids].float() * self._embed_scale
 
     def run_block(self, layer: int, x: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         if self._block is not None and len(x) == 1:
             return self._block.run(layer, x, cache)
-        weights, config = self._layers[layer], self._config
-        normed = rms_norm(x, weights["attn_norm"], config.norm_eps).to(self.dtype)
-        attended = self._attention(weights, layer, normed, cache)
-        x = torch.add(x, attended, alpha=config.residual_scale)
-        return x, rms_norm(x, weights["ffn_norm"], config.norm_eps).to(self.dtype)
+        return self._dense.run_block(layer, x, cache)
 
     def run_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        weights = self._layers[layer]
-        out = self._products.gated(h, weights["mlp.gate_up"], weights["mlp.down"])
-        if "mlp.router" in weights:
-            out = out * self._products.linear_fp32(h, weights["mlp.router"]).sigmoid()
-        return out
+        return self._dense.run_mlp(layer, h)
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        if self._scratch is not None:
-            slot = self._scratch.copy_(slot)
-        gate_up, down = slot[: self._split], slot[self._split :]
-        return self._products.gated(h, gate_up.view(self._gate_up_shape), down.view(self._down_shape))
+        return self._expert.run(h, slot if self._scratch is None else self._scratch.copy_(slot))
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
-        normed = rms_norm(x, self._norm, self._config.norm_eps).to(self.dtype)
-        return self._products.linear_fp32(normed, self._head) * self._config.logits_scale
+        return self._dense.run_head(x)
 
     def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
         return Arena(slots, slot_bytes, value_bytes)
 
     def synchronise(self) -> None:
         """Nothing to wait for: CPU calls return when they are done."""
-
-    def _load(self, bundle: Bundle, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Weights in the compute dtype; those of norms in fp32, in which norms are computed."""
-        return {
-            tensor: values.to(torch.float32 if tensor.endswith("norm") else self.dtype)
-            for tensor, values in load_tensors(bundle, name, shapes).items()
-        }

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime.cuda.driver import Cuda
-from runtime.errors import UsageError
+from runtime.errors import UsageError, first_line
 
 _NO_KERNELS = "install the build of torch for this machine's JetPack or CUDA (docs/board-guide.md), or --backend torch"
 
@@ -73,5 +73,5 @@ def torch_problem() -> str:
         values = torch.ones(8, 8, dtype=torch.float16, device="cuda")
         found = float((values @ values).sum().cpu())
     except RuntimeError as error:  # "no kernel image is available" among others
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return "" if found == 512.0 else f"a product is wrong ({found} instead of 512)"
