@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from profiles.forecast import PLAN_CONTEXT, assumptions
@@ -19,6 +20,7 @@ PAPER = {"ShareGPT": (554.69, 306.27), "GSM8K": (613.73, 346.04), "HumanEval": (
 SIMULATED, MEASURED = "orin-nx-simulated", "orin-nx-measured"
 COMMAND = "python -m bench.orin"
 ON_A_BOARD = "python -m bench.orin --measure v2-lite.bundle --router remoe-chat"
+_PAGE = Path(__file__).with_name("orin_simulated.md")
 _COLOURS = {"base": "#D55E00", "ReMoE": "#0072B2"}  # Okabe and Ito: told apart by every kind of sight
 
 
@@ -85,69 +87,26 @@ def _bars(axis: Any, rows: Sequence[Row]) -> None:
 
 def _simulated_text(rows: Sequence[Row], device: Device, blob_bytes: int, requests: int, tokens: int) -> str:
     cold = [row for row in rows if row.cold]
-    fits = next(row.slots for row in rows if row.name == "what fits")
     smallest = cold[0].cells
     fewer = 1 - smallest["ReMoE"].misses_per_token / smallest["base"].misses_per_token
-    return f"""# ReMoE on Orin NX 16 GB, simulated
-
-**Simulated, not measured: no figure of ours on this page comes from a board.** It shows what the published overlap of
-DeepSeek-V2-Lite's routers is worth on this board with an expert cache of fixed size, beside what was published.
-
-![TPOT by cache size]({SIMULATED}.png)
-
-TPOT in ms: mean of a drive of 3.5 GB/s, in parentheses fast (6.5 GB/s) to slow drive (2.0 GB/s). Hit rates are of
-distinct experts per layer and token, base router to ReMoE router.
-
-## Cold: the cache is emptied before each request
-
-{_table(cold)}
-
-## Warm: the cache keeps what the request before has left
-
-{_table([row for row in rows if not row.cold])}
-
-In fp16, {fits} slots per layer fit beside dense weights, {PLAN_CONTEXT} tokens of KV cache and the system. Rows
-marked * do not fit: a board of this speed with more memory would give them.
-
-## Read with caution
-
-* The published run had no expert cache of its own: llama.cpp mapped the model (`--mmap`) and the kernel's page cache,
-  near the size of the model, decided what stayed. Nothing was said about its state at the start of a run. Our table
-  is about a cache of fixed size instead, so the two can be compared in kind, not in numbers.
-* Fewer misses do not explain the published factors of 1.77 to 1.99. At C = K the published overlaps mean
-  {100 * fewer:.1f} % fewer misses here (published for that cache: 7.3 %), and while the drive sets the pace a token's
-  time falls by no more than its misses. Larger caches gain no more. What else changed in those runs (how the
-  kernel kept mapped pages and read ahead, how full memory was, which experts the tuned router prefers) was not
-  published.
-* The published base figures lie where our smallest caches do: a drive that reads nearly every expert of every token.
-
-## What it stands on
-
-* Routing: {requests} requests of {tokens} decode steps, no prompt, for 26 layers, top 6 of 64 experts. Each layer is a
-  Markov chain over sets of 6 experts with the published overlap, .273 for the base router and .345 for ReMoE; which
-  experts stay is drawn evenly, and the load is even (published: normalised entropy .9998 and .9971). One overlap was
-  published, not one per workload, so all three workloads have the same simulated rows. Real routing also comes back
-  to experts of some tokens ago, which this does not: caches above K hit less here than they would there. Published
-  for 6 slots: .3187 and .3687; simulated, cold: {smallest["base"].hit_rate:.4f} and {smallest["ReMoE"].hit_rate:.4f}.
-* Cache: per layer, LRU. Experts of {blob_bytes / 1e6:.1f} MB (fp16).
-* TPOT: the schedule floor of [profiles/costs.py](../../profiles/costs.py): the head, and for each layer its dense part,
-  the longer of reading and computing, and the last missed expert. No schedule of these parts is faster; an engine is
-  slower, on our development machine by up to a third (README, Measured).
-* The board, each figure with its mark:
-
-| figure | value | mark | source |
-|---|---|---|---|
-{_assumed(device)}
-
-## Do it again, do it better
-
-    {COMMAND}
-
-writes this page. On the board, with DeepSeek-V2-Lite as a bundle and a tuned router in it (or a file), this measures
-the same table over ShareGPT, GSM8K and HumanEval prompts and writes it beside this page as `{MEASURED}.md`:
-
-    {ON_A_BOARD}
-"""
+    values = {
+        "picture": SIMULATED,
+        "cold": _table(cold),
+        "warm": _table([row for row in rows if not row.cold]),
+        "slots": next(row.slots for row in rows if row.name == "what fits"),
+        "context": PLAN_CONTEXT,
+        "fewer": f"{100 * fewer:.1f}",
+        "requests": requests,
+        "tokens": tokens,
+        "base_hits": f"{smallest['base'].hit_rate:.4f}",
+        "tuned_hits": f"{smallest['ReMoE'].hit_rate:.4f}",
+        "blob_mb": f"{blob_bytes / 1e6:.1f}",
+        "board": _assumed(device),
+        "command": COMMAND,
+        "measured": MEASURED,
+        "on_a_board": ON_A_BOARD,
+    }
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(values)
 
 
 def _table(rows: Sequence[Row]) -> str:
