@@ -8,12 +8,10 @@ intermediate result to fp16, so the kernel must not be further off than that.
 from __future__ import annotations
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 
-from runtime import native
 from runtime.backends.attention import Attention, rms_norm
 from runtime.backends.block import CompiledBlock
 from runtime.backends.products import Products
@@ -21,32 +19,16 @@ from runtime.config import ModelConfig
 from runtime.kv_cache import KVCache
 from runtime.layout import layer_tensors
 from runtime.native import Kernel
+from tests.kernels import LEVELS, start
 from tests.parity.dense_models import MODELS, Tensors, gqa, model, reference_block
 
 TOLERANCE = 1e-3
 CAPACITY = 300
 POSITIONS = [0, 1, 5, 126, 127, 128, 129, 299]  # around the kernel's chunks of 128 rows
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 CASES = {name: config for name, config in MODELS.items() if config.attention.kind == "gqa"} | {
     "wide values": model(gqa(10, 2, 20, v_head_dim=46)),
     "narrow values": model(gqa(4, 2, 64, v_head_dim=6), hidden_size=50),
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    path = native.library_path()
-    if path is None:
-        assert shutil.which("cc") is None, "a compiler is here but the kernel was not built: run `make venv`"
-        pytest.skip("no C compiler, so no kernel")
-    return ctypes.CDLL(str(path))
-
-
-def start(library: ctypes.CDLL, level: str, threads: int = 1) -> Kernel:
-    try:
-        return Kernel(library, threads, LEVELS[level])
-    except OSError:
-        pytest.skip(f"this processor has no {level}")
 
 
 def layer_weights(config: ModelConfig, generator: torch.Generator) -> Tensors:

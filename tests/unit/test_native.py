@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import threading
 
 import pytest
@@ -12,26 +11,9 @@ import torch
 
 from runtime import native
 from runtime.native import Kernel
+from tests.kernels import LEVELS, start
 
 SHAPES = [(1, 1), (3, 7), (4, 8), (33, 40), (50, 577), (257, 1408), (2048, 576)]
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    """The built library. Where there is a compiler its absence is an error."""
-    path = native.library_path()
-    if path is None:
-        assert shutil.which("cc") is None, "a compiler is here but the kernel was not built: run `make venv`"
-        pytest.skip("no C compiler, so no kernel")
-    return ctypes.CDLL(str(path))
-
-
-def start(library: ctypes.CDLL, level: str, threads: int = 1) -> Kernel:
-    try:
-        return Kernel(library, threads, LEVELS[level])
-    except OSError:
-        pytest.skip(f"this processor has no {level}")
 
 
 @pytest.mark.parametrize("level", LEVELS)
