@@ -23,7 +23,7 @@ CHUNK_BYTES = 64 << 20  # experts' outputs of one layer that prefill may hold
 
 @dataclass
 class Timing:
-    """Where the time of a step went, ns. `expert` includes waiting for reads, which the cache counts."""
+    """Where time went, ns. `expert` includes waiting for reads, which the cache counts."""
 
     dense: int = 0
     routing: int = 0
@@ -43,7 +43,7 @@ class Decoder:
         self._kv_cache = kv_cache
         self._moe_layers = frozenset(config.moe_layers)
         self._tokens: list[int] = []  # those whose rows are in the KV cache
-        self.timing = Timing()
+        self._timing = Timing()
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Decoder:
             x = self._forward_chunk(chunk)
         begin = time.monotonic_ns()
         logits = self._backend.run_head(x[-1:])[0]
-        self.timing.dense += time.monotonic_ns() - begin
+        self._timing.dense += time.monotonic_ns() - begin
         return logits
 
     @torch.inference_mode()
@@ -87,6 +87,11 @@ class Decoder:
         del self._tokens[length:]
         self._kv_cache.length = length
 
+    def take_timing(self) -> Timing:
+        """Where the time went since the last call."""
+        timing, self._timing = self._timing, Timing()
+        return timing
+
     def _forward_chunk(self, token_ids: torch.Tensor) -> torch.Tensor:
         x = self._backend.embed(token_ids)
         for layer in range(self._config.num_layers):
@@ -98,7 +103,7 @@ class Decoder:
     def _layer(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         begin = time.monotonic_ns()
         x, h = self._block(layer, x)
-        self.timing.dense += time.monotonic_ns() - begin
+        self._timing.dense += time.monotonic_ns() - begin
         added = self._experts(layer, h) if layer in self._moe_layers else self._mlp(layer, h)
         return torch.add(x, added, alpha=self._config.residual_scale)
 
@@ -116,7 +121,7 @@ class Decoder:
     def _mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         begin = time.monotonic_ns()
         out = self._backend.run_mlp(layer, h)
-        self.timing.dense += time.monotonic_ns() - begin
+        self._timing.dense += time.monotonic_ns() - begin
         return out
 
     def _experts(self, layer: int, h: torch.Tensor) -> torch.Tensor:
@@ -128,7 +133,7 @@ class Decoder:
         begin = time.monotonic_ns()
         chosen, weights = self.router.route(layer, h)
         places = _places(chosen)
-        self.timing.routing += time.monotonic_ns() - begin
+        self._timing.routing += time.monotonic_ns() - begin
         outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=torch.float32, device=h.device)
         with self.cache.fetch(layer, list(places)) as request:
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
@@ -139,7 +144,7 @@ class Decoder:
         mixed = (outputs * weights[..., None]).sum(dim=1)
         if shared is not None:
             mixed += shared
-        self.timing.expert += time.monotonic_ns() - begin
+        self._timing.expert += time.monotonic_ns() - begin
         return mixed
 
 

@@ -158,8 +158,10 @@ class Recorder:
             self._file.flush()
 
     def close(self) -> None:
+        """What a run that has not ended would still write is dropped. Safe to call twice."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,42 @@ def test_a_blob_cut_short_while_open_fails_the_request_and_only_that(bundle: Pat
         for blob, content in zip(blobs, saved, strict=True):
             blob.write_bytes(content)
         assert [t.id for t in engine.generate(IDS, GenerateOptions(8, ignore_eos=True))] == whole
+
+
+def test_closing_and_refusing_leave_nothing_open(bundle: Path) -> None:
+    """An engine holds its bundle's folder and 3 x 7 experts."""
+
+    def held() -> int:
+        links = (os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+        return sum(os.readlink(link).startswith(str(bundle)) for link in links if os.path.islink(link))
+
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4)) as engine:
+        assert held() == 22
+        engine.close()
+        assert held() == 0
+    for wrong in ({"slots_per_layer": 2}, {"router": "chat"}, {"record": Path("/nowhere/run.jsonl")}):
+        with pytest.raises((BudgetError, UsageError)):
+            Engine.open(bundle, EngineOptions(**{"slots_per_layer": 4, **wrong}))
+        assert held() == 0, wrong
+
+
+def test_the_first_token_is_not_charged_for_what_ran_before_it(bundle: Path) -> None:
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4)) as engine:
+        for _ in range(3):
+            engine.logits(IDS * 10)
+        record = next(engine.generate(IDS, GenerateOptions(2))).record
+    assert record.other_ms >= 0
+
+
+def test_a_record_that_was_closed_stays_as_it_is(bundle: Path, tmp_path: Path) -> None:
+    """A run that another record interrupts writes into neither any more."""
+    with Engine.open(bundle, EngineOptions(slots_per_layer=4, record=tmp_path / "one.jsonl")) as engine:
+        tokens = engine.generate(IDS, GenerateOptions(9, ignore_eos=True))
+        next(tokens)
+        engine.record_to(tmp_path / "two.jsonl")
+        tokens.close()
+    assert [json.loads(line)["type"] for line in (tmp_path / "one.jsonl").read_text().splitlines()] == ["run"]
+    assert (tmp_path / "two.jsonl").read_text() == ""
 
 
 def test_no_bundle_is_said_plainly(tmp_path: Path) -> None:

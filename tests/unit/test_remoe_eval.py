@@ -97,9 +97,9 @@ def test_a_judged_cache_chooses_what_a_running_one_does(bundle: Path) -> None:
         blocks = []
         for number, window in enumerate(WINDOWS):
             engine.empty_cache()
-            engine._cache.take_stats()
+            engine.decoder.cache.take_stats()
             blocks.append(record_text(engine, watcher, number, window, stepwise=True))
-            misses.append(sum(engine._cache.take_stats().misses))
+            misses.append(sum(engine.decoder.cache.take_stats().misses))
     experts = np.concatenate([block.experts for block in blocks if block is not None])
     assert np.array_equal(experts, judged.trace.experts)
     assert judged.caches[0].result.misses == sum(misses)
