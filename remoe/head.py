@@ -7,7 +7,7 @@ it is computed on the spot, chunk by chunk. N tokens, H hidden size, V words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,73 +44,73 @@ def head_losses(
     keep = (targets != IGNORED).nonzero()[:, 0]
     if len(keep) == 0:
         return HeadLosses(hidden.sum() * 0.0, 0.0, 0.0, 1.0)
-    chosen = None if teacher is None else teacher[keep]
-    total, numbers = _HeadLosses.apply(hidden[keep], weight, targets[keep], chosen, ce_weight, kl_weight, scale)
+    task = _Task(weight, targets, teacher, ce_weight, kl_weight, scale)
+    total, numbers = _HeadLosses.apply(hidden[keep], task.of(keep))
     ce, kl, agreement = numbers.tolist()
     return HeadLosses(total, ce, kl, agreement)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What hidden states are judged by, as in `head_losses`."""
+
+    weight: Tensor
+    targets: Tensor
+    teacher: Tensor | None
+    ce_weight: float
+    kl_weight: float
+    scale: float
+
+    def of(self, rows: Tensor | slice) -> _Task:
+        """For some of the tokens."""
+        taught = None if self.teacher is None else self.teacher[rows]
+        return replace(self, targets=self.targets[rows], teacher=taught)
+
+
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        teacher: Tensor | None,
-        ce_weight: float,
-        kl_weight: float,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        wants_gradient = hidden.requires_grad
+    def forward(ctx: Any, hidden: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+        wants_gradient, weight, count = hidden.requires_grad, task.weight, len(task.targets)
         gradient = torch.empty_like(hidden) if wants_gradient else None
         numbers = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-        numbers[2] = len(targets) if teacher is None else 0
-        for start in range(0, len(targets), _CHUNK):
+        numbers[2] = count if task.teacher is None else 0
+        for start in range(0, count, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            taught = None if teacher is None else teacher[rows]
-            slope = _chunk(hidden[rows], weight, targets[rows], taught, ce_weight, kl_weight, scale, numbers)
+            slope = _chunk(hidden[rows], task.of(rows), numbers)
             if gradient is not None:
-                gradient[rows] = (slope.to(weight.dtype) @ weight) * (scale / len(targets))
+                gradient[rows] = (slope.to(weight.dtype) @ weight) * (task.scale / count)
         ctx.save_for_backward(gradient)
-        numbers /= len(targets)
+        numbers /= count
         ctx.mark_non_differentiable(numbers)
-        return (ce_weight * numbers[0] + kl_weight * numbers[1]).float(), numbers
+        return (task.ce_weight * numbers[0] + task.kl_weight * numbers[1]).float(), numbers
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else gradient * upstream[0].to(gradient.dtype), *(None,) * 6)
+        return None if gradient is None else gradient * upstream[0].to(gradient.dtype), None
 
 
-def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher: Tensor | None,
-    ce_weight: float,
-    kl_weight: float,
-    scale: float,
-    numbers: Tensor,
-) -> Tensor:
+def _chunk(hidden: Tensor, task: _Task, numbers: Tensor) -> Tensor:
     """Adds the sums of ce, kl and agreement to `numbers`; returns d total / d logits [n, V], before the mean."""
-    logits = (hidden @ weight.T).float()
-    if scale != 1.0:
-        logits *= scale
+    targets, teacher = task.targets, task.teacher
+    logits = _logits(hidden, task)
     best = logits.argmax(-1) if teacher is not None else None
     log_p = logits.log_softmax(-1)
     numbers[0] -= log_p.gather(-1, targets[:, None]).double().sum()
     slope = log_p.exp()
     if teacher is None or best is None:
-        slope.mul_(ce_weight)
+        slope.mul_(task.ce_weight)
     else:
-        taught = (teacher @ weight.T).float()
-        if scale != 1.0:
-            taught *= scale
+        taught = _logits(teacher, task)
         numbers[2] += (taught.argmax(-1) == best).sum()
         log_q = taught.log_softmax(-1)
         q = log_q.exp()
         numbers[1] += (q * log_q.sub_(log_p)).double().sum()
-        slope.mul_(ce_weight + kl_weight).sub_(q, alpha=kl_weight)
-    slope.scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -ce_weight))
+        slope.mul_(task.ce_weight + task.kl_weight).sub_(q, alpha=task.kl_weight)
+    slope.scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -task.ce_weight))
     return slope
+
+
+def _logits(hidden: Tensor, task: _Task) -> Tensor:
+    logits = (hidden @ task.weight.T).float()
+    return logits if task.scale == 1.0 else logits.mul_(task.scale)
