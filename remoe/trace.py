@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from remoe.trace_file import open_arrays
-from remoe.trace_writer import Block, TraceWriter
+from remoe.trace_file import Array, open_arrays
+from remoe.trace_writer import RECORDED_ON_REQUEST, Block, TraceWriter, array_dtypes
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
 from runtime.strict import from_dict, parse_json, to_dict
 
 FORMAT_VERSION = 1
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ class TraceInfo:
     format_version: int = FORMAT_VERSION
 
 
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """A trace in memory; `logits` and `hidden` may be read from the file only when they are looked at.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trace(Block):
+    """A trace in memory, which is one block of whole requests with the facts about them; `logits` and `hidden` may be
+    read from the file only when they are looked at.
 
     `experts` uint8 (uint16 above 256 experts) [N, L, K], the router's order, best first. `weights` fp16 [N, L, K].
     `tokens`, `requests`, `positions` int32 [N]: the input token, its request, its place in that request. `decode`
@@ -66,14 +66,6 @@ class Trace:
     """
 
     info: TraceInfo
-    experts: Array
-    weights: Array
-    tokens: Array
-    requests: Array
-    positions: Array
-    decode: Array
-    logits: Array | None = None
-    hidden: Array | None = None
     choice_bias: Array | None = None
 
     @classmethod
@@ -88,7 +80,7 @@ class Trace:
     def from_arrays(cls, info: TraceInfo, arrays: dict[str, Array], where: str = "trace") -> Trace:
         """A checked trace of these arrays, by name. Raises UsageError naming `where` and what is wrong."""
         _check_shapes(info, arrays, where)
-        trace = cls(info, **arrays)
+        trace = cls(info=info, **arrays)
         _check_values(trace, where)
         return trace
 
@@ -97,9 +89,8 @@ class Trace:
         """Steps in the order in which they ran, put together. Raises UsageError when there are none."""
         if not blocks:
             raise UsageError("nothing was routed: a trace needs at least one token")
-        names = list(blocks[0].arrays(info.num_experts))
         parts = [block.arrays(info.num_experts) for block in blocks]
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if choice_bias is not None:
             arrays["choice_bias"] = np.asarray(choice_bias, np.float32)
         return cls.from_arrays(info, arrays)
@@ -107,8 +98,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write the trace; the file appears whole or not at all. Raises UsageError when it cannot be written."""
         with TraceWriter(path, self.info, self.choice_bias) as writer:
-            names = ("experts", "weights", "tokens", "requests", "positions", "decode", "logits", "hidden")
-            writer.add(Block(**{name: getattr(self, name) for name in names}))
+            writer.add(self)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -129,22 +119,14 @@ class Trace:
 
 def array_types(info: TraceInfo) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     """dtype and shape of every tensor of a trace; None stands for N."""
-    layers = len(info.moe_layers)
-    ids = "uint8" if info.num_experts <= 256 else "uint16"
-    return {
-        "experts": (ids, (None, layers, info.top_k)),
-        "weights": ("float16", (None, layers, info.top_k)),
-        "tokens": ("int32", (None,)),
-        "requests": ("int32", (None,)),
-        "positions": ("int32", (None,)),
-        "decode": ("uint8", (None,)),
-        "logits": ("float16", (None, layers, info.num_experts)),
-        "hidden": ("float16", (None, layers, info.hidden_size)),
-        "choice_bias": ("float32", (layers, info.num_experts)),
-    }
+    layers, dtypes = len(info.moe_layers), array_dtypes(info.num_experts)
+    widths = {"experts": info.top_k, "weights": info.top_k, "logits": info.num_experts, "hidden": info.hidden_size}
+    shapes = {name: (None, layers, widths[name]) if name in widths else (None,) for name in dtypes}
+    types: dict[str, tuple[str, tuple[int | None, ...]]] = {name: (dtypes[name], shapes[name]) for name in dtypes}
+    return types | {"choice_bias": ("float32", (layers, info.num_experts))}
 
 
-OPTIONAL = ("logits", "hidden", "choice_bias")
+OPTIONAL = (*RECORDED_ON_REQUEST, "choice_bias")
 
 
 def info_json(info: TraceInfo) -> Any:

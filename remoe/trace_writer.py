@@ -8,22 +8,22 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from remoe.trace_file import header_bytes
+from remoe.trace_file import Array, header_bytes
 from runtime.errors import EdgeError, UsageError
 from runtime.strict import to_dict
+from runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
     from remoe.trace import TraceInfo
 
-Array = np.ndarray[Any, np.dtype[Any]]
+RECORDED_ON_REQUEST = ("logits", "hidden")
 _MAX_FP16 = float(np.finfo(np.float16).max)
 
 
@@ -41,19 +41,18 @@ class Block:
     hidden: Array | None = None
 
     def arrays(self, num_experts: int) -> dict[str, Array]:
-        """In the dtypes of the file. Raises UsageError for a logit or router input that fp16 cannot hold."""
-        found = {
-            "experts": np.asarray(self.experts, np.uint8 if num_experts <= 256 else np.uint16),
-            "weights": np.asarray(self.weights, np.float16),
-            "tokens": np.asarray(self.tokens, np.int32),
-            "requests": np.asarray(self.requests, np.int32),
-            "positions": np.asarray(self.positions, np.int32),
-            "decode": np.asarray(self.decode, np.uint8),
-        }
-        for name in ("logits", "hidden"):
+        """In the dtypes and the order of the file, without what was not recorded.
+
+        Raises UsageError for a logit or router input that fp16 cannot hold.
+        """
+        found = {}
+        for name, dtype in array_dtypes(num_experts).items():
             value = getattr(self, name)
-            if value is not None:
-                found[name] = _half(np.asarray(value), name)
+            if name in RECORDED_ON_REQUEST:
+                if value is not None:
+                    found[name] = _half(np.asarray(value), name)
+            else:
+                found[name] = np.asarray(value, dtype)
         return found
 
 
@@ -94,7 +93,7 @@ class TraceWriter:
                     self._shapes[name] = (str(array.dtype), array.shape[1:])
                 self._parts[name].write(np.ascontiguousarray(array).tobytes())
         except OSError as problem:
-            raise EdgeError(f"{self.path}: {problem.strerror}") from problem
+            raise EdgeError(f"{self.path}: cannot be written: {problem.strerror}") from problem
         self._count += len(arrays["tokens"])
 
     def _finish(self) -> None:
@@ -106,21 +105,26 @@ class TraceWriter:
             bias = np.ascontiguousarray(self._choice_bias, np.float32)
             shapes["choice_bias"], last = ("float32", bias.shape), bias.tobytes()
         texts = {"trace": json.dumps(to_dict(self._info), allow_nan=False, sort_keys=True)}
-        staged = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with staged.open("xb") as file:
-                file.write(header_bytes(texts, shapes))
-                for part in self._parts.values():
-                    part.seek(0)
-                    shutil.copyfileobj(part, file, 1 << 20)
-                file.write(last)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(self.path)
-        except OSError as problem:
-            raise EdgeError(f"{self.path}: {problem.strerror}") from problem
-        finally:
-            staged.unlink(missing_ok=True)
+        with whole_file(self.path) as file:
+            file.write(header_bytes(texts, shapes))
+            for part in self._parts.values():
+                part.seek(0)
+                shutil.copyfileobj(part, file, 1 << 20)
+            file.write(last)
+
+
+def array_dtypes(num_experts: int) -> dict[str, str]:
+    """Dtypes of a block's arrays in the file, in their order there."""
+    return {
+        "experts": "uint8" if num_experts <= 256 else "uint16",
+        "weights": "float16",
+        "tokens": "int32",
+        "requests": "int32",
+        "positions": "int32",
+        "decode": "uint8",
+        "logits": "float16",
+        "hidden": "float16",
+    }
 
 
 def _half(values: Array, name: str) -> Array:

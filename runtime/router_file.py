@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,11 @@ import numpy as np
 import torch
 
 from runtime.dense import view_tensors
-from runtime.errors import BundleError, EdgeError, UsageError
-from runtime.layout import PAGE_BYTES
+from runtime.errors import BundleError, UsageError
+from runtime.layout import padded
 from runtime.storage import read_file
 from runtime.strict import parse_json
+from runtime.whole_file import whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,25 +117,10 @@ def save_router(path: str | Path, tensors: Mapping[str, torch.Tensor], provenanc
     """Write a router file: whole, or not at all. Tensors are stored as fp32 in the order of their names, the data on a
     page; equal input gives equal bytes. Raises EdgeError when the disk fails.
     """
-    path = Path(path)
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with staged.open("xb") as file:
-            file.write(_header(tensors, provenance))
-            for name in sorted(tensors):
-                file.write(_fp32_bytes(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise EdgeError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        staged.unlink(missing_ok=True)
+    with whole_file(Path(path)) as file:
+        file.write(_header(tensors, provenance))
+        for name in sorted(tensors):
+            file.write(_fp32_bytes(tensors[name]))
 
 
 def check_base(provenance: Provenance | None, base_sha256: str, path: str | Path, model: str) -> None:
@@ -161,7 +146,7 @@ def _header(tensors: Mapping[str, torch.Tensor], provenance: Provenance | None) 
         begin, end = end, end + 4 * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    total = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES
+    total = padded(8 + len(text))
     return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
 
 
