@@ -72,8 +72,9 @@ class Assembly:
         with contextlib.ExitStack() as held:
             self.storage = _open_storage(bundle, options, notes)
             held.callback(self.storage.close)
-            self.backend = _load_backend(bundle, options, resolved, notes)
-            self.router = Router.load(bundle, options.router, self.backend.device)
+            with torch.inference_mode():
+                self.backend = _load_backend(bundle, options, resolved, notes)
+                self.router = Router.load(bundle, options.router, self.backend.device)
             self.arena = self.backend.allocate_slots(resolved.slots.total, layout.file_bytes, layout.bytes)
             with contextlib.ExitStack() as unread:  # until there is a loader, nothing else gives the memory back
                 unread.callback(self.arena.close)
@@ -134,7 +135,6 @@ def _open_storage(bundle: Bundle, options: EngineOptions, notes: list[str]) -> E
     return storage
 
 
-@torch.inference_mode()
 def _load_backend(bundle: Bundle, options: EngineOptions, resolved: Resolved, notes: list[str]) -> Backend:
     backend = backends.create(
         resolved.backend,
