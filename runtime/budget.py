@@ -11,7 +11,7 @@ from runtime.bundle import Bundle
 from runtime.config import ModelConfig
 from runtime.errors import BudgetError
 from runtime.kv_cache import kv_bytes_per_token
-from runtime.memory import MemoryPlan, limit
+from runtime.memory import CUDA_BUILD_BYTES, OVERHEAD_BYTES, MemoryPlan, limit
 from runtime.options import EngineOptions
 
 _KEEP_FREE = 0.1  # share of the free memory that an automatic budget leaves to others
@@ -48,7 +48,13 @@ def _without_experts(bundle: Bundle, backend: str, dtype: torch.dtype, context: 
         kv_bytes=context * kv_bytes_per_token(bundle.config, dtype),
         # On a GPU a file or an engine is read into ordinary memory first.
         loading_bytes=0 if dtype == torch.float16 and backend in backends.ON_CPU else largest,
+        overhead_bytes=overhead_bytes(),
     )
+
+
+def overhead_bytes() -> int:
+    """What a run holds besides the model: it depends on the build of torch, not on whether there is a GPU."""
+    return OVERHEAD_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
 
 
 def _resolve(bundle: Bundle, options: EngineOptions, rest: MemoryPlan, limit_bytes: int, notes: list[str]) -> Slots:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from runtime.budget import Slots, slots_for_budget, slots_per_layer
+from runtime.budget import Slots, overhead_bytes, slots_for_budget, slots_per_layer
 from runtime.config import RouterConfig
 from runtime.errors import BudgetError
 from runtime.memory import MemoryPlan, _cgroup_limits, limit
@@ -50,6 +53,21 @@ def test_loading_counts_only_where_it_is_the_peak() -> None:
     plan = MemoryPlan(1_000_000, 2_000_000, 3_000_000, loading_bytes=5_000_000, overhead_bytes=10_000_000)
     assert plan.total_bytes == 17_000_000
     assert dataclasses.replace(plan, expert_bytes=2_500_000).total_bytes == 17_500_000
+
+
+def test_a_cuda_build_of_torch_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert overhead_bytes() == 300_000_000
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert overhead_bytes() == 440_000_000
+
+
+def test_importing_leaves_room_in_the_overhead() -> None:
+    """Whatever build of torch is installed here: 100 MB of the planned overhead are left for working."""
+    code = "import runtime.engine; print(open('/proc/self/smaps_rollup').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    private = next(int(line.split()[1]) * 1024 for line in done.stdout.splitlines() if line.startswith("Anonymous:"))
+    assert 50e6 < private < overhead_bytes() - 100e6
 
 
 def test_there_is_a_limit_and_it_is_the_smallest() -> None:
