@@ -93,19 +93,19 @@ class ExpertStorage:
     def __init__(self, directory: int, blobs: dict[tuple[int, int], str], blob_bytes: int, direct: bool) -> None:
         _allow_files(len(blobs))
         self._names = blobs
-        self._descriptors: dict[tuple[int, int], int] = {}
+        self.descriptors: dict[tuple[int, int], int] = {}
         self.direct = direct and bool(_DIRECT)
         self.notes: list[str] = []
         try:
             for key, path in blobs.items():
-                self._descriptors[key] = self._open(directory, path, blob_bytes)
+                self.descriptors[key] = self._open(directory, path, blob_bytes)
         except BaseException:
             self.close()
             raise
 
     def read(self, layer: int, expert: int, offset: int, view: memoryview) -> int:
         """One preadv; without O_DIRECT the pages are dropped from the page cache afterwards."""
-        descriptor = self._descriptors[layer, expert]
+        descriptor = self.descriptors[layer, expert]
         count = os.preadv(descriptor, [view], offset)
         if not self.direct:
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
@@ -116,9 +116,9 @@ class ExpertStorage:
 
     def close(self) -> None:
         """Close every blob; reads in flight must have ended."""
-        for descriptor in self._descriptors.values():
+        for descriptor in self.descriptors.values():
             os.close(descriptor)
-        self._descriptors.clear()
+        self.descriptors.clear()
 
     def _open(self, directory: int, path: str, size: int) -> int:
         if self.direct:

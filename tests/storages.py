@@ -90,9 +90,10 @@ def make_cache(
     scope: Scope = "layer",
     threads: int = 2,
     deadline_s: float = 30.0,
+    compiled: bool = False,
 ) -> tuple[ExpertCache, Loader]:
     """A cache of `slots` slots over layers 0 ... layers - 1."""
     blob_bytes = len(storage.blobs[0, 0])
-    loader = Loader(storage, storage.checksums(), blob_bytes, threads, deadline_s)
+    loader = Loader(storage, storage.checksums(), blob_bytes, threads, deadline_s, compiled)
     arena = Arena(slots, blob_bytes, blob_bytes)
     return ExpertCache(range(layers), arena, loader, policy, scope), loader

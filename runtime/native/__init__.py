@@ -80,8 +80,8 @@ def short_slice() -> bool:
     False where there is no kernel library, or the thread has another scheduling policy than the usual one. Linux before
     6.12 takes the wish and does nothing.
     """
-    library = _library()
-    return library is not None and library.edge_short_slice() == 0
+    compiled = library()
+    return compiled is not None and compiled.edge_short_slice() == 0
 
 
 def half_from_bf16(source: torch.Tensor, target: torch.Tensor) -> bool | None:
@@ -89,10 +89,10 @@ def half_from_bf16(source: torch.Tensor, target: torch.Tensor) -> bool | None:
 
     Whether all results are finite; None, and nothing done, where there is no kernel for it.
     """
-    library = _library()
-    if library is None:
+    compiled = library()
+    if compiled is None:
         return None
-    answer = library.edge_half_from_bf16(
+    answer = compiled.edge_half_from_bf16(
         _POINTERS(source.data_ptr()), _POINTERS(target.data_ptr()), _SIZES(len(source))
     )
     return None if answer < 0 else bool(answer)
@@ -106,7 +106,7 @@ def library_path() -> Path | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The compiled library, or None where it was not built or was built on another kind of machine."""
     path = library_path()
     try:
@@ -117,8 +117,8 @@ def _library() -> ctypes.CDLL | None:
 
 def load(threads: int) -> Kernel | None:
     """The decoding kernel, or None where there is no library or the processor has no suitable instructions."""
-    library = _library()
+    compiled = library()
     try:
-        return None if library is None else Kernel(library, threads)
+        return None if compiled is None else Kernel(compiled, threads)
     except OSError:  # torch computes the same
         return None

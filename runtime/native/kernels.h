@@ -60,6 +60,8 @@ enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, BEST = -1 };
         if (c < p->cols) last(p, p->w + c, x, y + c, p->cols - c, m);                                                  \
     }
 
+int edge_short_slice(void); /* threads.c; Python calls it, too */
+
 #pragma GCC visibility push(hidden)
 extern kernels_t edge_kernels; /* those chosen by edge_start */
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 
+from runtime import native
 from runtime.errors import ReadError
-from runtime.loader import CHUNK_BYTES, cut
+from runtime.reading import CHUNK_BYTES, cut
 from tests.storages import FaultyStorage, MemoryStorage, make_cache
 
 BLOB = 3 * 4096
+
+
+@pytest.fixture(params=[False, True], ids=["threads", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whose threads read: Python's, or the compiled library's, which must be here where a compiler is."""
+    if request.param and native.library() is None:
+        assert shutil.which("cc") is None, "a compiler is here but the library was not built: run `make venv`"
+        pytest.skip("no C compiler, so no compiled reader")
+    return bool(request.param)
 
 
 def fetch(storage: MemoryStorage, cache, experts: list[int]) -> None:  # type: ignore[no-untyped-def]
@@ -22,9 +33,9 @@ def fetch(storage: MemoryStorage, cache, experts: list[int]) -> None:  # type: i
 
 @pytest.mark.parametrize("kind", ["eio", "flip", "end"])
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_one_bad_read_heals(kind: str, number: int) -> None:
+def test_one_bad_read_heals(kind: str, number: int, compiled: bool) -> None:
     storage = FaultyStorage(1, 6, BLOB, lambda count, *_: kind if count == number else None)
-    cache, loader = make_cache(storage, layers=1, slots=4)
+    cache, loader = make_cache(storage, layers=1, slots=4, compiled=compiled)
     fetch(storage, cache, [0, 1, 2, 3])
     cache.check_integrity()
     assert storage.fired == 1
@@ -34,9 +45,9 @@ def test_one_bad_read_heals(kind: str, number: int) -> None:
 
 @pytest.mark.parametrize("kind", ["eio", "flip", "end"])
 @pytest.mark.parametrize("bad", [0, 3])
-def test_a_bad_blob_fails_its_request_and_only_that(kind: str, bad: int) -> None:
+def test_a_bad_blob_fails_its_request_and_only_that(kind: str, bad: int, compiled: bool) -> None:
     storage = FaultyStorage(1, 6, BLOB, lambda _count, _layer, expert: kind if expert == bad else None)
-    cache, loader = make_cache(storage, layers=1, slots=4)
+    cache, loader = make_cache(storage, layers=1, slots=4, compiled=compiled)
     with pytest.raises(ReadError, match=f"expert_{bad:03d}.fp16.*edge verify --full"):
         fetch(storage, cache, [0, 1, 2, 3])
     cache.check_integrity()
@@ -48,18 +59,18 @@ def test_a_bad_blob_fails_its_request_and_only_that(kind: str, bad: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["short", "one"])
-def test_short_reads_go_on(kind: str) -> None:
+def test_short_reads_go_on(kind: str, compiled: bool) -> None:
     storage = FaultyStorage(1, 2, 4096, lambda count, *_: kind if count % 2 else None)
-    cache, loader = make_cache(storage, layers=1, slots=2)
+    cache, loader = make_cache(storage, layers=1, slots=2, compiled=compiled)
     fetch(storage, cache, [0, 1])
     assert storage.fired >= 2
     assert loader.retries == 0
     loader.close()
 
 
-def test_a_blob_of_several_chunks_is_hashed_in_order() -> None:
+def test_a_blob_of_several_chunks_is_hashed_in_order(compiled: bool) -> None:
     storage = MemoryStorage(1, 2, 5 << 20)
-    cache, loader = make_cache(storage, layers=1, slots=2, threads=4)
+    cache, loader = make_cache(storage, layers=1, slots=2, threads=4, compiled=compiled)
     fetch(storage, cache, [0, 1])
     assert storage.reads == 8
     assert loader.retries == 0
@@ -81,9 +92,9 @@ def test_the_last_round_of_chunks_is_small() -> None:
     assert sizes == [(14 << 20) * 3 // 16] * 4 + [(14 << 20) // 16] * 4
 
 
-def test_swapped_blobs_are_noticed() -> None:
+def test_swapped_blobs_are_noticed(compiled: bool) -> None:
     storage = MemoryStorage(1, 3, BLOB)
-    cache, loader = make_cache(storage, layers=1, slots=3)
+    cache, loader = make_cache(storage, layers=1, slots=3, compiled=compiled)
     storage.blobs[0, 0], storage.blobs[0, 1] = storage.blobs[0, 1], storage.blobs[0, 0]
     with pytest.raises(ReadError, match="checksum does not match"):
         fetch(storage, cache, [0])
@@ -98,9 +109,9 @@ def test_equal_bytes_of_another_expert_are_noticed() -> None:
     assert sums[0, 0] != sums[0, 1]
 
 
-def test_a_disk_that_hangs_fails_at_the_deadline() -> None:
+def test_a_disk_that_hangs_fails_at_the_deadline(compiled: bool) -> None:
     storage = FaultyStorage(1, 2, BLOB, lambda count, *_: "hang" if count == 1 else None)
-    cache, loader = make_cache(storage, layers=1, slots=2, threads=1, deadline_s=0.2)
+    cache, loader = make_cache(storage, layers=1, slots=2, threads=1, deadline_s=0.2, compiled=compiled)
     with pytest.raises(ReadError, match="did not answer"):
         fetch(storage, cache, [0])
     with pytest.raises(ReadError, match="did not answer"):

@@ -1,0 +1,154 @@
+"""Reading with Python's threads: for machines without a compiler, and for storages that are no files.
+
+Chunks are hashed in order as they land, so that only the last one is still to be hashed when the read ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import xxhash
+
+from runtime import native
+from runtime.layout import PAGE_BYTES, expert_identity
+from runtime.reading import DIFFERS, MAX_STALLS, Load, failed
+from runtime.storage import Storage
+
+
+@dataclass(eq=False)
+class _State:
+    """How far a load is."""
+
+    load: Load
+    hasher: xxhash.xxh3_64
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    problem: str = ""
+    settled: int = 0
+    landed: set[int] = field(default_factory=set)
+    hashed: int = 0
+    hashing: bool = False
+    retried: bool = False
+
+
+class ThreadReader:
+    """A few daemon threads over one storage."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        checksums: dict[tuple[int, int], int],
+        chunks: list[tuple[int, int]],
+        threads: int,
+    ) -> None:
+        self._storage, self._checksums, self._chunks, self._threads = storage, checksums, chunks, threads
+        self._jobs: queue.SimpleQueue[tuple[_State, int] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._busy_since_ns = 0
+        self._busy_ns = 0
+        self._retries = 0
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"expert-reader-{number}", daemon=True).start()
+
+    def start(self, load: Load) -> None:
+        """See Reader.start."""
+        with self._lock:
+            if self._in_flight == 0:
+                self._busy_since_ns = load.submitted_ns
+            self._in_flight += 1
+        self._begin(load, retried=False)
+
+    def next(self, done: queue.SimpleQueue[Load], timeout_s: float) -> Load | None:
+        """See Reader.next."""
+        try:
+            return done.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def counts(self) -> tuple[int, int]:
+        """See Reader.counts."""
+        with self._lock:
+            running = time.monotonic_ns() - self._busy_since_ns if self._in_flight else 0
+            return self._busy_ns + running, self._retries
+
+    def close(self, timeout_s: float) -> bool:
+        """See Reader.close; a slot that a thread still reads into is kept by that thread's view of it."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+        return True
+
+    def _begin(self, load: Load, retried: bool) -> None:
+        state = _State(load, xxhash.xxh3_64(seed=expert_identity(load.layer, load.expert)), retried=retried)
+        for index in range(len(self._chunks)):
+            self._jobs.put((state, index))
+
+    def _work(self) -> None:
+        native.short_slice()  # a reader has microseconds to do: it need not wait until arithmetic's turn is over
+        while (job := self._jobs.get()) is not None:
+            state, index = job
+            try:
+                self._read(state.load, *self._chunks[index])
+                problem = ""
+            except OSError as error:
+                problem = error.strerror or str(error)
+            self._settle(state, index, problem)
+
+    def _read(self, load: Load, begin: int, end: int) -> None:
+        """Read bytes begin to end of the blob, going on after short reads."""
+        if not load.started_ns:
+            load.started_ns = time.monotonic_ns()
+        done, stalls = begin, 0
+        while done < end:
+            count = self._storage.read(load.layer, load.expert, done, load.view[done:end])
+            if count <= 0:
+                raise OSError(errno.EIO, f"the file ends after {done} bytes")
+            if self._storage.direct and done + count < end:
+                count -= count % PAGE_BYTES  # O_DIRECT can only go on from a page boundary
+            stalls = 0 if count else stalls + 1
+            if stalls > MAX_STALLS:
+                raise OSError(errno.EIO, f"no progress after {done} bytes")
+            done += count
+
+    def _settle(self, state: _State, index: int, problem: str) -> None:
+        """Take note of one chunk; whoever finds the next chunk in order hashes on; the last one finishes the blob."""
+        with state.lock:
+            state.settled += 1
+            state.problem = state.problem or problem
+            if not problem:
+                state.landed.add(index)
+            if state.hashing:
+                return
+            state.hashing = True
+        while True:
+            with state.lock:
+                if state.hashed not in state.landed:
+                    state.hashing = False
+                    last = state.settled == len(self._chunks)
+                    break
+                begin, end = self._chunks[state.hashed]
+                state.hashed += 1
+            state.hasher.update(state.load.view[begin:end])
+        if last:
+            self._finish(state)
+
+    def _finish(self, state: _State) -> None:
+        load, problem = state.load, state.problem
+        if not problem and state.hasher.intdigest() != self._checksums[load.layer, load.expert]:
+            problem = DIFFERS
+        if problem and not state.retried:
+            with self._lock:
+                self._retries += 1
+            self._begin(load, retried=True)
+            return
+        if problem:
+            load.error = failed(self._storage.name(load.layer, load.expert), problem)
+        load.finished_ns = time.monotonic_ns()
+        with self._lock:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._busy_ns += load.finished_ns - self._busy_since_ns
+        load.done.put(load)
