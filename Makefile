@@ -23,6 +23,8 @@ PROFILE_ARGS ?= --slots-per-layer 8
 PROFILE  ?= $(OUT)/profile
 # What `make engines` adds to the command: ENGINES_ARGS=--check needs no GPU.
 ENGINES_ARGS ?=
+# What `make interop` adds to the command: INTEROP_ARGS="--only llama.cpp"
+INTEROP_ARGS ?=
 # A Jetson: the release of its Linux (36 is JetPack 6 with CUDA 12.6, 39 is JetPack 7 with CUDA 13), where torch for it comes
 # from, and which cuda-python its driver takes.
 L4T := $(shell sed -n 's/^\# R\([0-9]*\).*/\1/p' /etc/nv_tegra_release 2>/dev/null)
@@ -35,7 +37,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-large demo-model demo-native test test-fast lint engines gpu setup-board bench profile report clean
+.PHONY: help venv demo demo-large demo-model demo-native test test-fast lint engines gpu interop setup-board bench profile report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +95,9 @@ engines: $(VENV)/.installed ## build the TensorRT engines of BUNDLE= for this ma
 
 gpu: $(VENV)/.installed ## everything that only a GPU can show, with BUNDLE=, into one JSON file
 	$(BIN)/python -m bench.gpu $(BUNDLE) --out $(OUT)/gpu.json
+
+interop: $(VENV)/.installed-test ## tuned routers in vLLM, llama.cpp, transformers and lm-eval (installs 4 GB into out/interop)
+	$(BIN)/python -m interop --out $(OUT)/interop --torch "$(TORCH)" --pip-args="$(PIP_ARGS)" $(INTEROP_ARGS)
 
 setup-board: ## on a Jetson: system packages (asks for sudo), .venv that sees TensorRT, torch and cuda-python for its JetPack
 	@test -n "$(L4T)" || { echo "make: setup-board is for a Jetson, and there is no /etc/nv_tegra_release here: make venv" >&2; exit 1; }
