@@ -33,7 +33,7 @@ _SETTINGS = {
     "miss_softness": "width of the boundary of --miss, in standard deviations of a token's logits",
     "prior": "strength of cache-prior routing while tuning; use the same at inference",
     "prior_top_j": "its --prior-top-j",
-    "prior_scaling": "its scaling, mean or token",
+    "prior_scaling": "its scaling: mean, token or energy",
     "sharpen": "the terms of distributions see softmax(sharpen * logits); above 1 for flat gates",
     "layer_strength": "factors on the locality terms, one per layer with experts",
 }

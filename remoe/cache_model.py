@@ -8,14 +8,17 @@ starts with an empty cache. Shapes as in remoe/routing.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remoe.routing import as_mask, choose
-from runtime.cache_prior import CachePrior
+from runtime.cache_prior import CachePrior, raise_logits
 from runtime.config import RouterConfig
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def lru_contents(experts: Tensor, segments: Tensor, num_experts: int, slots: int) -> Tensor:
@@ -55,70 +58,76 @@ def choose_with_prior(
 ) -> Tensor:
     """Experts [N, K] of one layer, logits [N, E], where each choice leans towards what those before left in the cache.
 
-    One step after another, because what is cached depends on every choice before. No gradient.
+    The n-th tokens of all documents at once, because what is cached depends on every choice before. No gradient.
     """
     with torch.no_grad():
-        stock = choose(config, logits, bias)
-        liked = as_mask(stock[:, : prior.options.top_j], config.num_experts).cpu().numpy()
-        lift = (prior.options.strength * _spreads(config, logits, segments, prior)).cpu().numpy()
-        rows, cache, before = logits.cpu().numpy(), _Recency(config.num_experts, prior.slots), None
+        raised = raise_logits(prior.options, config, logits, _spreads(logits, segments)).cpu().numpy()
+        liked, rows = _liked(config, logits, bias, prior).cpu().numpy(), logits.cpu().numpy()
         plain = config.scoring == "softmax" and bias is None and config.num_groups == 1
         bias = None if bias is None else bias.cpu()
-        result = []
-        for row, bonus, first, segment in zip(rows, lift, liked, segments.tolist(), strict=True):
-            if segment != before:
-                cache.clear()
-                before = segment
-            biased = row + bonus * (first | cache.held)
+        documents, turns = _turns(segments)
+        cache = _Recency(documents.max() + 1, config.num_experts, prior.slots)
+        chosen = np.empty((len(rows), config.top_k), dtype=np.int64)
+        for turn in turns:
+            held = cache.held(documents[turn])
+            biased = np.where(held | liked[turn], raised[turn], rows[turn])
             if plain:
-                best = np.argsort(-biased, kind="stable")[: config.top_k].tolist()
+                chosen[turn] = np.argsort(-biased, axis=-1, kind="stable")[:, : config.top_k]
             else:
-                best = choose(config, torch.from_numpy(biased), bias).tolist()
-            cache.use(best)
-            result.append(best)
-        return torch.tensor(result, device=logits.device)
+                chosen[turn] = choose(config, torch.from_numpy(biased), bias).numpy()
+            cache.use(documents[turn], held, chosen[turn])
+        return torch.from_numpy(chosen).to(logits.device)
+
+
+def biased_logits(
+    config: RouterConfig, logits: Tensor, bias: Tensor | None, segments: Tensor, prior: Prior, held: Tensor
+) -> Tensor:
+    """What the choice with a prior goes by, with a gradient: logits [N, E] of one layer, `held` [N, E] in its cache."""
+    raised = raise_logits(prior.options, config, logits, _spreads(logits.detach(), segments))
+    return torch.where(held | _liked(config, logits, bias, prior), raised, logits)
 
 
 class _Recency:
-    """An LRU cache of one layer: `held` bool [E]."""
+    """LRU caches of one layer, one per document."""
 
-    def __init__(self, num_experts: int, slots: int) -> None:
-        self.held = np.zeros(num_experts, dtype=bool)
-        self._order: dict[int, None] = {}  # oldest first
-        self._slots = slots
+    def __init__(self, documents: int, num_experts: int, slots: int) -> None:
+        self._when = np.full((documents, num_experts), -1, dtype=np.int64)  # of the last use
+        self._now, self._slots = 0, min(slots, num_experts)
 
-    def use(self, experts: list[int]) -> None:
-        """A step's experts: hits first, then misses, each in the router's order."""
-        missed = []
-        for expert in experts:
-            if expert in self._order:
-                del self._order[expert]
-                self._order[expert] = None
-            else:
-                missed.append(expert)
-        for expert in missed:
-            if len(self._order) >= self._slots:
-                oldest = next(iter(self._order))
-                del self._order[oldest]
-                self.held[oldest] = False
-            self._order[expert] = None
-            self.held[expert] = True
+    def held(self, documents: Array) -> Array:
+        """bool [D, E]: the `slots` experts used last."""
+        when = self._when[documents]
+        oldest = np.partition(when, -self._slots, axis=-1)[:, -self._slots, None]
+        return (when >= oldest) & (when >= 0)
 
-    def clear(self) -> None:
-        self._order.clear()
-        self.held[:] = False
+    def use(self, documents: Array, held: Array, experts: Array) -> None:
+        """A step's experts [D, K]: hits first, then misses, each in the router's order."""
+        hit = np.take_along_axis(held, experts, axis=-1)
+        rank = np.where(hit, hit.cumsum(-1) - 1, hit.sum(-1, keepdims=True) + (~hit).cumsum(-1) - 1)
+        self._when[documents[:, None], experts] = self._now + rank
+        self._now += experts.shape[-1]
 
 
-def _spreads(config: RouterConfig, logits: Tensor, segments: Tensor, prior: Prior) -> Tensor:
-    """D of each token [N]: the spread of its own best K logits, or the mean of max - min over its document so far."""
-    if prior.options.scaling == "token":
-        best = logits.topk(config.top_k, dim=-1).values
-        return best[:, 0] - best[:, -1]
+def _turns(segments: Tensor) -> tuple[Array, list[Array]]:
+    """Number of each token's document [N], and the n-th tokens of all documents for n = 0, 1, ..."""
+    places = np.arange(len(segments)) - _starts(segments).cpu().numpy()
+    documents = (places == 0).cumsum() - 1
+    order = np.argsort(places, kind="stable")
+    return documents, np.split(order, np.flatnonzero(np.diff(places[order])) + 1)
+
+
+def _liked(config: RouterConfig, logits: Tensor, bias: Tensor | None, prior: Prior) -> Tensor:
+    """bool [N, E]: the true top J."""
+    return as_mask(choose(config, logits, bias)[:, : prior.options.top_j], config.num_experts)
+
+
+def _spreads(logits: Tensor, segments: Tensor) -> Tensor:
+    """Mean of max - min over the tokens of a document so far, [N, 1]."""
     total = (logits.amax(-1) - logits.amin(-1)).double().cumsum(0)
     start = _starts(segments)
     before = torch.where(start > 0, total[(start - 1).clamp_min(0)], 0.0)
     count = torch.arange(1, len(segments) + 1, device=segments.device) - start
-    return ((total - before) / count).to(logits.dtype)
+    return ((total - before) / count).to(logits.dtype)[:, None]
 
 
 def _starts(segments: Tensor) -> Tensor:

@@ -1,12 +1,21 @@
-"""Cache-prior routing: experts that are in the cache are preferred, without any training (arXiv 2412.00099).
+"""Cache-prior routing: experts that are in the cache are preferred, without any training.
 
-    z' = z + strength * D * mask         z: gate logits of one token; mask: in the cache, or among the true top J
+    z' = raised logit where mask, z elsewhere     z: gate logits of one token; mask: in the cache, or the true top J
     experts = the router's choice from z'
     weights = those that z gives these experts, by the model's own rule
 
-D is the spread of logits that makes `strength` mean the same in every layer: with scaling "mean" the running mean of
-max z - min z over the tokens of this sequence, in this layer; with "token" z_(1) - z_(K) of this token alone. With
-strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once anyway.
+How a logit is raised is the `scaling`. "mean" is the published rule (arXiv 2412.00099): z + strength * D, where D, the
+running mean of max z - min z over the tokens of this sequence, makes `strength` mean the same in every layer. "token"
+takes z_(1) - z_(K) of this token for D. "energy" is ours: with w_e = s_e / (sum of the K best scores s)
+
+    w_e'^2 = w_e^2 + strength^2
+
+Outputs of experts are nearly orthogonal, so to leave out an expert of weight w changes a token's output by about w. Two
+logits are as far apart at the top, where the weights are large, as at the bottom, where they hardly matter; squares of
+weights are not. docs/results/router-tuning.md compares the three.
+
+With strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once
+anyway.
 
 What comes out now depends on what is in the cache, so on slots, policy and what ran before; it is the same whenever
 these are the same.
@@ -16,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -24,7 +33,7 @@ from runtime.config import RouterConfig
 from runtime.errors import UsageError
 from runtime.router import Observer, Router, choose, weigh
 
-Scaling = Literal["mean", "token"]
+Scaling = Literal["mean", "token", "energy"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,8 @@ class CachePrior:
             raise UsageError(f"--prior-strength {self.strength}: expected a number from 0 (stock routing) up")
         if not 0 <= self.top_j <= top_k:
             raise UsageError(f"--prior-top-j {self.top_j}: expected 0 to {top_k}, the experts of a token")
-        if self.scaling not in ("mean", "token"):
-            raise UsageError(f"unknown prior scaling {self.scaling!r} (known: mean, token)")
+        if self.scaling not in get_args(Scaling):
+            raise UsageError(f"unknown prior scaling {self.scaling!r} (known: {', '.join(get_args(Scaling))})")
 
     def __str__(self) -> str:
         return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
@@ -63,6 +72,33 @@ class Spread:
         return (self._sum / self._count).float()[:, None]
 
 
+def raise_logits(options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Logits [..., E] as they count for an expert that is preferred; `spread` [..., 1] is the mean one.
+
+    Each row by itself and with a gradient.
+    """
+    if options.strength == 0:
+        return logits
+    if options.scaling == "energy":
+        return _add_energy(config, logits, options.strength)
+    if options.scaling == "token":
+        best = logits.topk(config.top_k).values
+        spread = best[..., :1] - best[..., -1:]
+    return logits + options.strength * spread
+
+
+def _add_energy(config: RouterConfig, logits: torch.Tensor, strength: float) -> torch.Tensor:
+    """log s' = log sqrt(s^2 + (strength * sum of the K best scores)^2), as a logit again."""
+    softmax = config.scoring == "softmax"
+    log_s = logits if softmax else torch.nn.functional.logsigmoid(logits)
+    floor = log_s.topk(config.top_k).values.logsumexp(-1, keepdim=True) + math.log(strength)
+    raised = torch.logaddexp(2 * log_s, 2 * floor) / 2
+    if softmax:
+        return raised
+    raised = raised.clamp(max=-1e-6)  # a score is below 1
+    return raised - (-raised.expm1()).log()
+
+
 def prefer_cached(
     options: CachePrior, config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None, cached: torch.Tensor,
     spread: torch.Tensor,
@@ -73,11 +109,9 @@ def prefer_cached(
     Returns the experts [S, K], the stock choice [S, K] and all true scores [S, E].
     """
     stock, scores = choose(config, logits, bias)
-    if options.scaling == "token":
-        best = logits.topk(config.top_k).values
-        spread = best[:, :1] - best[:, -1:]
     cached.scatter_(1, stock[:, : options.top_j], 1.0)
-    experts, _ = choose(config, logits + options.strength * spread * cached, bias)
+    raised = raise_logits(options, config, logits, spread)
+    experts, _ = choose(config, torch.where(cached > 0, raised, logits), bias)
     return experts, stock, scores
 
 

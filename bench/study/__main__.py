@@ -1,7 +1,8 @@
-"""Runs the study: `python -m bench.study CHECKPOINT --texts bible prose --out out/study`.
+"""Runs the study: `python -m bench.study CHECKPOINT --study native --out out/study`.
 
 Every point (method, strength, seed) is tuned, measured on held-out text and appended to points.jsonl at once; points
-that are there already are not run again, so an interrupted study goes on. Then the table and the plot are written.
+and routers that are there already are not made again, so an interrupted study goes on, and two processes with different
+`--only` may share a folder. Then the table and the plot are written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.measure import Bench
-from bench.study.methods import Method, Strengths, methods
+from bench.study.methods import DECIDING, Method, Strengths, methods
 from bench.study.page import write_page
 from demo import data
 from export.families import parse_config
@@ -25,8 +26,9 @@ from remoe.gates import Gates
 from remoe.texts import Sequences, pack
 from remoe.tune import Teacher, tune
 from remoe.tune_options import TuneOptions
-from runtime.errors import EdgeError
-from runtime.router_file import Provenance, gates_sha256, save_router
+from runtime.errors import EdgeError, UsageError
+from runtime.layout import router_tensors
+from runtime.router_file import Provenance, gates_sha256, load_router, save_router
 from runtime.strict import to_dict
 
 
@@ -59,7 +61,9 @@ STUDIES = {
         lr=1e-3,
         train_tokens=60_000,
         test_tokens=8_000,
-        strengths=Strengths(remoe=(0.1, 0.3, 1.0), miss=(0.1, 0.3), prior=(0.1, 0.15, 0.2, 0.4)),
+        strengths=Strengths(
+            remoe=(0.1, 0.3, 1.0), miss=(0.1, 0.3), prior=(0.1, 0.15, 0.2, 0.4), energy=(0.07, 0.1, 0.13, 0.17, 0.2)
+        ),
         tuned_slots=(4, 8),
         slots=(4, 5, 8, 16, 28),
         head_share=1.0,
@@ -69,12 +73,12 @@ STUDIES = {
         train_texts=("prose", "docs", "code"),
         test_texts=("chats", "gsm8k", "humaneval", "prose"),
         length=256,
-        steps=16,
-        batch=4,
-        lr=6e-3,
+        steps=20,
+        batch=2,
+        lr=3e-3,
         train_tokens=8_000,
         test_tokens=1_000,
-        strengths=Strengths(remoe=(3.0, 10.0), miss=(0.3, 1.0), prior=(0.1, 0.2, 0.4)),
+        strengths=Strengths(remoe=(3.0,), miss=(0.3,), prior=(0.05, 0.1, 0.2), energy=(0.05, 0.1)),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
@@ -101,12 +105,41 @@ class Runner:
         """Tune where the method tunes, measure, keep the router file; returns the point."""
         started, tensors = time.monotonic(), self._bench.gates.tensors(stock=True)
         if method.objective is not None:
-            options = self._options(method, seed)
-            tensors = tune(self._model, self.config, self._train, options, teacher=self._teacher).tensors
-            self._save(method, seed, tensors, options)
-        measured = self._bench.measure(tensors, method.rule())
+            tensors = self._tuned(method, seed)
+        measured = self._bench.measure(tensors, method.prior)
         point = asdict(measured) | {"seconds": round(time.monotonic() - started, 1)}
         return {"method": method.name, "strength": method.strength, "tuned_for": method.slots, "seed": seed, **point}
+
+    def wanted(self, seeds: int, only: list[str] | None) -> list[tuple[Method, int]]:
+        """Methods and seeds: those that decide with every seed, the others with the first. Raises UsageError."""
+        known = list(methods(self.study.strengths, self.study.tuned_slots))
+        names = {method.name for method in known}
+        if only and not set(only) <= names:
+            raise UsageError(f"no method {min(set(only) - names)!r} (known: {', '.join(sorted(names))})")
+        chosen = [method for method in known if not only or method.name in only]
+        return [(m, seed) for seed in range(seeds) for m in chosen if seed == 0 or m.name in DECIDING]
+
+    def _tuned(self, method: Method, seed: int) -> dict[str, Any]:
+        """The gates that the method gives, from the file of an earlier run with the same options if there is one."""
+        options = self._options(method, seed)
+        name = f"{method.router or method.key}-{seed}".replace("/", "-").replace(" ", "-").replace(",", "")
+        path = self._out / "routers" / f"{name}.safetensors"
+        if path.exists():
+            tensors, provenance = load_router(path, router_tensors(self.config))
+            if provenance is not None and provenance.options == json.loads(json.dumps(to_dict(options))):
+                return tensors
+        tuned = tune(self._model, self.config, self._train, options, teacher=self._teacher).tensors
+        path.parent.mkdir(parents=True, exist_ok=True)
+        provenance = Provenance(
+            base_gates_sha256=gates_sha256(self._bench.gates.tensors(stock=True)),
+            base_model=self.config.family,
+            method=method.router or method.key,
+            options=to_dict(options),
+            data={"sha256": self._train.sha256, "tokens": self._train.tokens},
+            steps=options.steps,
+        )
+        save_router(path, tuned, provenance)
+        return tuned
 
     def _options(self, method: Method, seed: int) -> TuneOptions:
         study, warm_up = self.study, max(1, self.study.steps // 8)
@@ -123,37 +156,16 @@ class Runner:
             seed=seed,
         )
 
-    def _save(self, method: Method, seed: int, tensors: dict[str, Any], options: TuneOptions) -> None:
-        folder = self._out / "routers"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{method.key}-{seed}".replace("/", "-").replace(" ", "-").replace(",", "")
-        provenance = Provenance(
-            base_gates_sha256=gates_sha256(self._bench.gates.tensors(stock=True)),
-            base_model=self.config.family,
-            method=method.key,
-            options=to_dict(options),
-            data={"sha256": self._train.sha256, "tokens": self._train.tokens},
-            steps=options.steps,
-        )
-        save_router(folder / f"{name}.safetensors", tensors, provenance)
-
 
 def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> list[dict[str, Any]]:
-    """All points, those on file first; a method that tunes is run once per seed."""
+    """All points, those on file first."""
     file = out / "points.jsonl"
-    points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(p["method"], p["strength"], p["tuned_for"], p["seed"]) for p in points}
-    wanted = [
-        (method, seed)
-        for seed in range(seeds)
-        for method in methods(runner.study.strengths, runner.study.tuned_slots)
-        if (seed == 0 or method.objective is not None) and method.name in (only or [method.name])
-    ]
+    done = {(p["method"], p["strength"], p["tuned_for"], p["seed"]) for p in _points(file)}
+    wanted = runner.wanted(seeds, only)
     for number, (method, seed) in enumerate(wanted, 1):
         if (method.name, method.strength, method.slots, seed) in done:
             continue
         point = json.loads(json.dumps(runner.run(method, seed)))
-        points.append(point)
         with file.open("a") as stream:
             stream.write(json.dumps(point) + "\n")
         quality = next(iter(point["quality"].values()))
@@ -161,7 +173,11 @@ def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> 
             f"{number}/{len(wanted)} {method.key} seed {seed}: perplexity {quality['perplexity']:.3f}, KL "
             f"{quality['kl']:.4f}, EOR {quality['eor']:.3f}, misses {point['misses']} in {point['seconds']} s"
         )
-    return points
+    return _points(file)
+
+
+def _points(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description="compares ways to tune routers")
     parser.add_argument("checkpoint", type=Path, help="folder of the model")
     parser.add_argument("--study", choices=sorted(STUDIES), required=True, help="its settings")
-    parser.add_argument("--seeds", type=int, default=3, help="of every method that tunes (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="of the methods that decide (default: 3)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for points, routers, table and plot")
     parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the packages")

@@ -15,6 +15,7 @@ from remoe.pools import OptimalPool
 from remoe.routing import as_mask, expert_overlap
 from remoe.texts import Sequences, batch
 from remoe.tune import Teacher, last_hidden
+from runtime.cache_prior import CachePrior
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,8 +48,8 @@ class Bench:
         self.gates, self.text, self.slots = gates, text, slots
         self._teacher = Teacher()
 
-    def measure(self, tensors: Tensors, prior: Prior | None = None) -> Measured:
-        """A router at every number of slots; `prior` gives the rule, its slots are replaced by those measured."""
+    def measure(self, tensors: Tensors, prior: CachePrior | None = None) -> Measured:
+        """A router at every number of slots, which changes the routing itself where a prior is active."""
         self.gates.load(tensors)
         if prior is None:
             quality, experts = self._run(None)
@@ -57,7 +58,7 @@ class Bench:
                 {c: self._misses(experts, c) for c in self.slots},
                 {c: self._optimum(experts, c) for c in self.slots},
             )
-        runs = {c: self._run(Prior(prior.options, c)) for c in self.slots}
+        runs = {c: self._run(Prior(prior, c)) for c in self.slots}
         return Measured(
             {c: quality for c, (quality, _) in runs.items()},
             {c: self._misses(experts, c) for c, (_, experts) in runs.items()},

@@ -5,35 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from remoe.cache_model import Prior
-from remoe.objective import Objective
+from remoe.objective import PRESETS, Objective
 from runtime.cache_prior import CachePrior
 
-_PUBLISHED = Objective()
+_PUBLISHED = Objective(reuse=1.0, smooth=0.05, lag=0.05, window=0.05)  # strength 1; the default is 0.3
 _NO_LOCALITY = replace(_PUBLISHED, reuse=0.0, smooth=0.0, lag=0.0, window=0.0)
-_ANCHORED = replace(_NO_LOCALITY, ce=0.0, trust=0.0, lm_kl=1.0)
+DECIDING = ("CE only", "ReMoE", "ReMoE without Trust", "ReMoE + prior by energy")  # these run with every seed
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to a router: `objective` None leaves the stock one. `slots`: the cache size that the objective knows of,
-    0 for those that know none. `prior` is the strength of cache-prior routing while measuring.
+    0 for those that know none. `prior` is active while measuring. Methods of one `router` share it; "": their own.
     """
 
     name: str
     strength: float
     objective: Objective | None = None
-    prior: float = 0.0
+    prior: CachePrior | None = None
     slots: int = 0
+    router: str = ""
 
     @property
     def key(self) -> str:
         """Tells this point from all others but for the seed."""
         return f"{self.name}/{self.strength:g}" + (f"/{self.slots}" if self.slots else "")
-
-    def rule(self) -> Prior | None:
-        """Cache-prior while measuring; the slots are those measured."""
-        return Prior(CachePrior(self.prior), 0) if self.prior else None
 
 
 @dataclass(frozen=True)
@@ -42,35 +38,40 @@ class Strengths:
 
     remoe: tuple[float, ...]  # factor on all published locality terms
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
-    prior: tuple[float, ...]
+    prior: tuple[float, ...]  # of the published rule
+    energy: tuple[float, ...]  # of the rule by energy
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
     """All of them, the plain ones first; `slots` are the cache sizes for which routers are tuned."""
     yield Method("stock", 0.0)
     for strength in strengths.prior:
-        yield Method("cache-prior", strength, prior=strength)
-    yield Method("CE only", 1.0, replace(_NO_LOCALITY, trust=0.0))
+        yield Method("cache-prior", strength, prior=CachePrior(strength))
+    for strength in strengths.energy:
+        yield Method("cache-prior by energy", strength, prior=CachePrior(strength, scaling="energy"))
+    yield Method("CE only", 1.0, PRESETS["ce-only"])
     for strength in strengths.remoe:
-        yield Method("ReMoE", strength, _scaled(_PUBLISHED, strength))
-    yield Method("ReMoE without Trust", strengths.remoe[0], _scaled(replace(_PUBLISHED, trust=0.0), strengths.remoe[0]))
-    middle = strengths.remoe[len(strengths.remoe) // 2]
-    yield Method("ReMoE, output anchor", middle, _scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))
+        yield Method("ReMoE", strength, scaled(_PUBLISHED, strength))
+    weakest, middle = strengths.remoe[0], strengths.remoe[len(strengths.remoe) // 2]
+    yield Method("ReMoE without Trust", weakest, scaled(replace(_PUBLISHED, trust=0.0), weakest))
+    gentle = Method("ReMoE", weakest, scaled(_PUBLISHED, weakest))
+    for strength in strengths.energy[1:]:
+        prior = CachePrior(strength, scaling="energy")
+        yield replace(gentle, name="ReMoE + prior by energy", strength=strength, prior=prior, router=gentle.key)
+    yield Method("ReMoE, output anchor", middle, scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))
     for size in slots:
-        target = replace(_scaled(_PUBLISHED, middle), reuse_target="cache", cache_slots=size)
+        target = replace(scaled(_PUBLISHED, middle), reuse_target="cache", cache_slots=size)
         yield Method("ReMoE, cache as target", middle, target, slots=size)
         yield Method("margin loss", middle, replace(_NO_LOCALITY, margin=middle, cache_slots=size), slots=size)
         for strength in strengths.miss:
-            objective = replace(_ANCHORED, miss=strength, cache_slots=size)
+            objective = replace(PRESETS["cache"], miss=strength, cache_slots=size)
             yield Method("miss loss, output anchor", strength, objective, slots=size)
         for strength in strengths.prior[1:]:  # a weak prior alone costs next to nothing: it needs no tuning
-            published = replace(_scaled(_PUBLISHED, strengths.remoe[0]), cache_slots=size, prior=strength)
-            yield Method("ReMoE, with the prior", strength, published, prior=strength, slots=size)
-            for name, anchor in (("all together", _NO_LOCALITY), ("all together, output anchor", _ANCHORED)):
-                objective = replace(anchor, miss=strengths.miss[0], cache_slots=size, prior=strength)
-                yield Method(name, strength, objective, prior=strength, slots=size)
+            active = replace(gentle.objective or _PUBLISHED, cache_slots=size, prior=strength)
+            yield Method("ReMoE, with the prior", strength, active, CachePrior(strength), slots=size)
 
 
-def _scaled(objective: Objective, factor: float) -> Objective:
+def scaled(objective: Objective, factor: float) -> Objective:
+    """All published locality terms times a factor."""
     terms = {name: factor * getattr(objective, name) for name in ("reuse", "smooth", "lag", "window")}
     return replace(objective, **terms)

@@ -1,25 +1,28 @@
-"""The points of a study as a table in Markdown and a plot: misses against the change of the model's output."""
+"""The points of a study as tables in Markdown and a plot: misses against what they cost in the model's output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-EQUAL = 0.002  # perplexities within this share of each other count as equal
 PUBLISHED_EOR_GAIN = 1.26  # arXiv 2605.27081: .273 to .345 for DeepSeek-V2-Lite
+TRAINING_FREE = ("cache-prior", "cache-prior by energy")  # at strength 0 they are stock
 PLOTTED = (
-    "stock",
     "CE only",
     "ReMoE",
-    "cache-prior",
+    "ReMoE without Trust",
     "miss loss, output anchor",
-    "ReMoE, with the prior",
-    "all together",
-    "all together, output anchor",
+    *TRAINING_FREE,
+    "ReMoE + prior by energy",
 )
+RULE = """Read off where a method costs as much as ReMoE does: its points, joined by straight lines in the order of
+their strengths (those of cache-prior begin at stock), give the fewest misses at a cost of at most that. Nothing is read
+beyond the points. In parentheses the range over seeds, then the saving as a multiple of ReMoE's.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,78 @@ def _row(method: str, strength: float, slots: int, group: list[dict[str, Any]]) 
     )
 
 
-def best_at_equal_perplexity(found: list[Row], limit: float) -> dict[str, Row]:
-    """Of each method the strength with the fewest misses whose perplexity is at most `limit` (and EQUAL)."""
-    best: dict[str, Row] = {}
-    for row in sorted(found, key=lambda row: row.misses):
-        if row.perplexity <= limit * (1 + EQUAL):
-            best.setdefault(row.method, row)
-    return best
+def fewest_misses(line: Sequence[Row], cost: Callable[[Row], float], limit: float) -> float | None:
+    """On the straight lines between the rows, in their order, where `cost` is at most `limit`; None if it never is."""
+    found = [row.misses for row in line if cost(row) <= limit]
+    for one, two in pairwise(line):
+        if (cost(one) - limit) * (cost(two) - limit) < 0:
+            share = (limit - cost(one)) / (cost(two) - cost(one))
+            found.append(one.misses + share * (two.misses - one.misses))
+    return min(found, default=None)
 
 
 def write_page(points: list[dict[str, Any]], top_k: int, out: Path) -> None:
     """study.md and study.png in the folder `out`."""
     sizes = [int(key) for key in points[0]["misses"]]
-    tables = [_table(rows(points, size), size, top_k) for size in sizes]
-    (out / "study.md").write_text("\n".join(tables), encoding="utf-8")
+    parts = [*_verdicts(points, sizes, top_k), *(_table(rows(points, size), size, top_k) for size in sizes)]
+    (out / "study.md").write_text("\n".join(parts), encoding="utf-8")
     _plot(points, sizes, top_k, out / "study.png")
+
+
+def _line(found: Iterable[Row], name: str) -> list[Row]:
+    """The method's rows by strength, from stock on where its strength can be 0."""
+    return sorted(
+        (r for r in found if r.method == name or (r.method == "stock" and name in TRAINING_FREE)),
+        key=lambda row: row.strength,
+    )
+
+
+def _reference(found: list[Row]) -> Row | None:
+    """ReMoE where it does what is published: the weakest with that much reuse."""
+    stock = next(row for row in found if row.method == "stock")
+    published = [row for row in found if row.method == "ReMoE" and row.eor >= PUBLISHED_EOR_GAIN * stock.eor]
+    return min(published, key=lambda row: row.strength, default=None)
+
+
+def _verdicts(points: list[dict[str, Any]], sizes: list[int], top_k: int) -> list[str]:
+    """Every method at ReMoE's perplexity and at its KL, in every cache."""
+    reference = _reference(rows(points, sizes[0]))
+    if reference is None:
+        return ["No strength of ReMoE that was tried has the published gain of EOR.\n"]
+    names = list(dict.fromkeys(p["method"] for p in points if p["method"] != "stock"))
+    lines = [f"ReMoE has at least the published gain of EOR from strength {reference.strength:g} on.\n", RULE]
+    costs: list[tuple[str, Callable[[Row], float]]] = [
+        (f"perplexity, {reference.perplexity:.2f}", lambda row: row.perplexity),
+        (f"KL, {reference.kl:.4f}", lambda row: row.kl),
+    ]
+    for title, cost in costs:
+        heads = " | ".join(f"{size} slots ({size / top_k:.1f} K)" for size in sizes)
+        lines += [f"### At ReMoE's {title}: misses, of the stock's\n", f"| method | {heads} |"]
+        lines.append("|---" * (len(sizes) + 1) + "|")
+        for name in names:
+            cells = [_cell(points, size, name, cost, cost(reference)) for size in sizes]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _cell(points: list[dict[str, Any]], size: int, name: str, cost: Callable[[Row], float], limit: float) -> str:
+    found = rows(points, size)
+    stock, reference = next(row for row in found if row.method == "stock"), _reference(found)
+    value = fewest_misses(_line(found, name), cost, limit)
+    if value is None or reference is None:
+        return "-"
+    seeds = sorted({p["seed"] for p in points if p["method"] == name})
+    single = [
+        fewest_misses(_line(rows([p for p in points if p["seed"] == seed or p["method"] == "stock"], size), name),
+                      cost, limit)
+        for seed in seeds
+    ]  # fmt: skip
+    reached = [v for v in single if v is not None]
+    spread = f" ({_percent(max(reached), stock.misses)} to {_percent(min(reached), stock.misses)})"
+    saved = stock.misses - reference.misses
+    factor = f", {(stock.misses - value) / saved:.1f} x" if saved > 0 else ""
+    return _percent(value, stock.misses) + (spread if len(reached) > 1 else "") + factor
 
 
 def _table(found: list[Row], slots: int, top_k: int) -> str:
@@ -110,26 +170,7 @@ def _table(found: list[Row], slots: int, top_k: int) -> str:
             _share(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    published = [row for row in found if row.method == "ReMoE" and row.eor >= PUBLISHED_EOR_GAIN * stock.eor]
-    if published:
-        lines += ["", *_verdict(found, min(published, key=lambda row: row.strength), stock)]
     return "\n".join(lines) + "\n"
-
-
-def _verdict(found: list[Row], reference: Row, stock: Row) -> list[str]:
-    """The comparison at the perplexity of ReMoE where it does what is published: the weakest with that much reuse."""
-    limit = max(reference.perplexity, stock.perplexity)
-    best = best_at_equal_perplexity(found, limit)
-    saved = stock.misses - reference.misses
-    lines = [
-        f"ReMoE has at least the published gain of EOR from strength {reference.strength:g} on. Fewest misses of each "
-        f"method at its perplexity, {limit:.2f} (+{EQUAL:.1%}), or below:",
-        "",
-    ]
-    for name, row in best.items():
-        factor = f", {(stock.misses - row.misses) / saved:.1f} x ReMoE's saving" if saved > 0 else ""
-        lines.append(f"* {name} ({row.strength:g}): {_percent(row.misses, stock.misses)}{factor}")
-    return lines
 
 
 def _percent(value: float, base: float) -> str:
@@ -146,22 +187,35 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(3, len(sizes))
-    lines = -(-len(sizes) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.8 * lines), squeeze=False)
-    for axis in axes.flat[len(sizes) :]:
-        axis.axis("off")
-    for axis, size in zip(axes.flat, sizes, strict=False):
+    costs: list[tuple[str, Callable[[Row], float]]] = [
+        ("perplexity, more than stock's in %", lambda row: row.perplexity),
+        ("KL to the stock model, nats per token", lambda row: row.kl),
+    ]
+    figure, axes = plt.subplots(2, len(sizes), figsize=(3.7 * len(sizes), 7.4), squeeze=False, sharey="col")
+    for column, size in zip(axes.T, sizes, strict=True):
         found = rows(points, size)
-        for number, name in enumerate(PLOTTED):
-            line = sorted((row.kl, row.misses) for row in found if row.method == name)
-            if line:
-                style = "o" if len(line) == 1 else "o-"
-                axis.plot(*zip(*line, strict=True), style, ms=4, lw=1.2, label=name, color=f"C{number}")
-        axis.set(title=f"{size} slots ({size / top_k:.1f} K)", xlim=(-0.002, None), ylim=(0, None))
-        axis.set(xlabel="KL to the stock model, nats per token", ylabel="misses per layer and token")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        stock = next(row for row in found if row.method == "stock")
+        reference = _reference(found)
+        for axis, (label, cost) in zip(column, costs, strict=True):
+            scale = 100 / stock.perplexity if label.startswith("perplexity") else 1.0
+
+            def x(row: Row, cost: Callable[[Row], float] = cost, scale: float = scale, zero: Row = stock) -> float:
+                return (cost(row) - cost(zero)) * scale
+
+            for number, name in enumerate(PLOTTED):
+                line = [(x(row), row.misses) for row in _line(found, name)]
+                if line:
+                    axis.plot(*zip(*line, strict=True), "o-", ms=4, lw=1.2, label=name, color=f"C{number}")
+            axis.plot(x(stock), stock.misses, "k*", ms=9, label="stock")
+            if reference is not None:
+                axis.axvline(x(reference), color="grey", lw=0.8, ls=":")
+                axis.set_xlim(right=3.5 * x(reference))
+            axis.set(ylim=(0, None), xlabel=label)
+            axis.grid(alpha=0.3)
+        column[0].set_title(f"{size} slots ({size / top_k:.1f} K)")
+    for row in axes:
+        row[0].set_ylabel("misses per layer and token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncols=len(PLOTTED) + 1)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export.exporter import export_bundle
-from runtime.cache_prior import CachePrior, CachePriorRouter, Spread, prefer_cached
+from runtime.cache_prior import CachePrior, CachePriorRouter, Spread, prefer_cached, raise_logits
 from runtime.config import RouterConfig
 from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.errors import UsageError
@@ -51,6 +51,29 @@ def test_the_spread_may_be_that_of_the_token() -> None:
     """z_(1) - z_(2) is 1: a strength of 0.4 lifts expert 2 to 2.9, 0.6 to 3.1; the mean spread plays no part."""
     assert prefer(CachePrior(0.4, scaling="token"), [2], spread=100.0) == [0, 1]
     assert prefer(CachePrior(0.6, scaling="token"), [2], spread=0.0) == [0, 2]
+
+
+def test_by_energy_a_cached_expert_gains_a_weight() -> None:
+    """Weights of the two best are 0.731 and 0.269; experts 2 and 3 would have 0.163 and 0.013 on that scale.
+
+    sqrt(0.163^2 + 0.22^2) = 0.274 passes 0.269, with 0.2 it is 0.258. Expert 3 needs 0.269 by itself.
+    """
+    assert prefer(CachePrior(0.2, scaling="energy"), [2]) == [0, 1]
+    assert prefer(CachePrior(0.22, scaling="energy"), [2]) == [0, 2]
+    assert prefer(CachePrior(0.268, scaling="energy"), [3]) == [0, 1]
+    assert prefer(CachePrior(0.27, scaling="energy"), [3]) == [0, 3]
+    # without the guard of the true best: sqrt(0.163^2 + 0.72^2) = 0.738 passes 0.731, expert 3 with 0.72 does not
+    assert prefer(CachePrior(0.7, top_j=0, scaling="energy"), [2, 3]) == [0, 2]
+    assert prefer(CachePrior(0.72, top_j=0, scaling="energy"), [2, 3]) == [2, 0]
+
+
+def test_by_energy_a_sigmoid_score_stays_a_score() -> None:
+    rules = RouterConfig(4, 2, scoring="sigmoid")
+    scores = LOGITS.sigmoid()
+    raised = raise_logits(CachePrior(0.1, scaling="energy"), rules, LOGITS, torch.zeros(1, 1)).sigmoid()
+    wanted = (scores**2 + (0.1 * scores[0, :2].sum()) ** 2).sqrt()
+    assert raised.tolist()[0] == pytest.approx([min(w, 1 - 1e-6) for w in wanted[0].tolist()], abs=1e-6)
+    assert raise_logits(CachePrior(0.0, scaling="energy"), rules, LOGITS, torch.zeros(1, 1)) is LOGITS
 
 
 def test_the_mean_spread_runs_over_a_sequence() -> None:

@@ -265,7 +265,7 @@ def test_the_prior_prefers_what_is_cached() -> None:
     assert weights.tolist() == pytest.approx(z[1].softmax(-1)[[4, 0]].tolist())  # the original logits weigh
 
 
-@pytest.mark.parametrize("scaling", ["mean", "token"])
+@pytest.mark.parametrize("scaling", ["mean", "token", "energy"])
 @pytest.mark.parametrize(
     "router",
     [ROUTER, RouterConfig(6, 2, scoring="sigmoid", normalise=True, num_groups=3, top_groups=2, choice_bias=True)],
@@ -306,6 +306,26 @@ def test_the_sum_weighs_layers_ramps_locality_and_skips_what_is_off() -> None:
     assert [Objective(warmup_steps=4).alpha(step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
     everything = Objective(ce=0, margin=1.0, miss=1.0)
     assert set(layer_terms(everything, ROUTER, routed(logits()))) == set(LAYER_TERMS)
+
+
+def test_the_boundary_terms_go_by_what_the_choice_went_by() -> None:
+    """The rows of the test above: each bonus added by hand, 3.2 three times, then 0.8 * 21 / 4."""
+    z = torch.tensor([[4.0, 3, 0, 0, 0, 0], [0, 0, 0, 3, 4, 1], [0, 2.5, 0, 3, 4, 0], [9, 0, 8, 0, 0, 0]])
+    biased = [[7.2, 3, 0, 0, 0, 0], [3.2, 3.2, 0, 3, 7.2, 1], [3.2, 2.5, 0, 3, 7.2, 0], [13.2, 0, 8, 0, 4.2, 0]]
+    held = as_mask(torch.tensor([[0, 0], [0, 1], [4, 0], [4, 0]]), 6)
+    held[0] = False
+    one = torch.zeros(4, dtype=torch.int64)
+    experts = torch.tensor([[0, 1], [4, 0], [4, 0], [0, 2]])
+    gate = z[None].clone().requires_grad_()
+    given = Routed(gate, z[None], experts[None], None, one)
+    objective = Objective(ce=0, trust=0, reuse=0, smooth=0, lag=0, window=0, miss=1.0, prior=0.8, cache_slots=2)
+    miss = layer_terms(objective, ROUTER, given)["miss"]
+    values = torch.tensor([biased]) / z.std(-1).mean()
+    assert miss.tolist() == pytest.approx(losses.miss_loss(values, held[None], one, 2, 0.25).tolist())
+    miss.sum().backward()
+    assert gate.grad is not None
+    assert bool((gate.grad[0, 1, :2] < 0).all())  # cached: more of them is fewer misses
+    assert float(gate.grad[0, 1, 3]) > 0
 
 
 BAD: dict[str, tuple[dict, str]] = {

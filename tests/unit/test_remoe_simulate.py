@@ -102,7 +102,12 @@ def test_agrees_when_a_prompt_takes_several_chunks(bundles: dict[str, Path], mon
 
 @pytest.mark.parametrize(
     ("family", "scope", "scaling"),
-    [("olmoe", "layer", "mean"), ("olmoe", "shared", "token"), ("deepseek_v3", "shared", "mean")],
+    [
+        ("olmoe", "layer", "mean"),
+        ("olmoe", "shared", "token"),
+        ("deepseek_v3", "shared", "mean"),
+        ("deepseek_v3", "layer", "energy"),
+    ],
 )
 def test_cache_prior_in_the_engine_and_from_its_own_logits(
     bundles: dict[str, Path], family: str, scope: Any, scaling: Any
