@@ -10,11 +10,20 @@ from typing import Any
 
 import torch
 
+from export.exporter import export_bundle
 from runtime.engine import Engine, EngineOptions, GenerateOptions
+from tests.checkpoints import load_reference, make_checkpoint
 
 PROMPT = [(7 * i + 3) % 200 for i in range(21)]
 NEW_TOKENS = 64
 TOLERANCE = 1e-3
+
+
+def bundle_and_reference(folder: Path, family: str, **overrides: Any) -> tuple[Path, Any]:
+    """A small random model of a family below `folder`: as a bundle, and as the transformers model."""
+    checkpoint = make_checkpoint(folder / "checkpoint", family, **overrides)
+    export_bundle(checkpoint, folder / "bundle")
+    return folder / "bundle", load_reference(checkpoint)
 
 
 def assert_agrees(bundle: Path, reference: Any, backend: Any) -> None:

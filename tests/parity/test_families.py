@@ -11,7 +11,7 @@ import torch
 from export.exporter import export_bundle
 from runtime.engine import Engine, EngineOptions
 from tests.checkpoints import load_reference, make_checkpoint
-from tests.parity.agreement import PROMPT, assert_agrees
+from tests.parity.agreement import PROMPT, assert_agrees, bundle_and_reference
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {}),
@@ -45,12 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A bundle and the transformers model of one case."""
     family, overrides = CASES[request.param]
-    folder = tmp_path_factory.mktemp("model")
-    checkpoint = make_checkpoint(folder / "checkpoint", family, **overrides)
-    export_bundle(checkpoint, folder / "bundle")
-    return folder / "bundle", load_reference(checkpoint)
+    return bundle_and_reference(tmp_path_factory.mktemp("model"), family, **overrides)
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])

@@ -11,7 +11,7 @@ import torch
 from export.exporter import export_bundle
 from runtime.engine import Engine, EngineOptions
 from tests.checkpoints import load_reference, make_checkpoint
-from tests.parity.agreement import PROMPT, assert_agrees
+from tests.parity.agreement import PROMPT, assert_agrees, bundle_and_reference
 
 
 def _rope(kind: str, partial: float, **more: float) -> dict[str, Any]:
@@ -42,11 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A bundle and the transformers model of one case."""
-    folder = tmp_path_factory.mktemp("model")
-    checkpoint = make_checkpoint(folder / "checkpoint", "glm4_moe", **CASES[request.param])
-    export_bundle(checkpoint, folder / "bundle")
-    return folder / "bundle", load_reference(checkpoint)
+    return bundle_and_reference(tmp_path_factory.mktemp("model"), "glm4_moe", **CASES[request.param])
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
