@@ -14,7 +14,7 @@ from runtime.errors import UsageError
 if TYPE_CHECKING:
     from export.engines import PartResult
     from runtime.bundle import Bundle
-    from runtime.engines import EngineOptions, EngineStore, Target
+    from runtime.engine_store import EngineLimits, EngineStore, Target
 
 NAME = "engines"
 HELP = "build the TensorRT engines of a bundle, for this machine only"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build or check, and print one row per part."""
     from runtime.bundle import Bundle
-    from runtime.engines import EngineStore
+    from runtime.engine_store import EngineStore
 
     if args.check and args.prune:
         raise UsageError("--prune removes engines and --check keeps none: give one of them")
@@ -84,24 +84,24 @@ def format_results(results: list[PartResult]) -> str:
     return console.format_table(rows)
 
 
-def _options(bundle: Bundle, args: argparse.Namespace) -> EngineOptions:
-    from runtime.engines import PREFILL_TOKENS, WORKSPACE_BYTES, EngineOptions
-    from runtime.graph_io import attention_scratch_bytes
+def _options(bundle: Bundle, args: argparse.Namespace) -> EngineLimits:
+    from runtime.engine_store import WORKSPACE_BYTES, EngineLimits
+    from runtime.graph_io import BLOCK_TOKENS, attention_scratch_bytes
     from runtime.options import DEFAULT_CONTEXT
 
     most = bundle.config.max_context
     if args.context is not None and not 1 <= args.context <= most:
         raise UsageError(f"--context {args.context}: this model allows 1 to {most} tokens")
     context = args.context or min(most, DEFAULT_CONTEXT)
-    prefill = min(PREFILL_TOKENS, context)
+    prefill = min(BLOCK_TOKENS, context)
     least = attention_scratch_bytes(bundle.config, context, prefill)
-    return EngineOptions(context, prefill, args.workspace or max(WORKSPACE_BYTES, 2 * least))
+    return EngineLimits(context, prefill, args.workspace or max(WORKSPACE_BYTES, 2 * least))
 
 
 def _check_target() -> Target:
     from export.engines import CHECK_CAPABILITY
     from runtime.backends.tensorrt_library import load
-    from runtime.engines import Target
+    from runtime.engine_store import Target
 
     library = load(("tensorrt-rtx",))
     gpu = f"sm_{CHECK_CAPABILITY}, no GPU needed"
@@ -111,17 +111,17 @@ def _check_target() -> Target:
 def _device_target() -> Target:
     from runtime.backends.tensorrt_library import load
     from runtime.cuda.driver import Cuda
-    from runtime.engines import Target
+    from runtime.engine_store import Target
 
     library = load()
     return Target(library.flavour, library.version, Cuda().gpu.identity)
 
 
 def _build(
-    args: argparse.Namespace, bundle: Bundle, target: Target, options: EngineOptions, store: EngineStore
+    args: argparse.Namespace, bundle: Bundle, target: Target, options: EngineLimits, store: EngineStore
 ) -> list[PartResult]:
     from export.engines import build_engines, check_engines, check_memory
-    from runtime.engines import engine_keys
+    from runtime.engine_store import engine_keys
 
     largest = check_memory(bundle, options, list(engine_keys(bundle, target, options)))
     console.note(f"building takes up to {console.format_bytes(largest)} of memory, one part at a time")
@@ -135,8 +135,8 @@ def _build(
         return build_engines(bundle, target, options, store, show)
 
 
-def _prune(bundle: Bundle, target: Target, options: EngineOptions, store: EngineStore) -> list[Path]:
-    from runtime.engines import engine_keys
+def _prune(bundle: Bundle, target: Target, options: EngineLimits, store: EngineStore) -> list[Path]:
+    from runtime.engine_store import engine_keys
 
     stale = store.others(list(engine_keys(bundle, target, options).values()))
     for path in stale:

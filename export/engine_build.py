@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.backends.tensorrt_library import Library, has, make_logger
 from runtime.config import ModelConfig
-from runtime.engines import EngineOptions
+from runtime.engine_store import EngineLimits
 from runtime.errors import EdgeError, UsageError
 from runtime.graph_io import PartIO, TensorIO, part_io
 
@@ -45,7 +45,7 @@ class BuiltEngine:
     timing_cache: bytes
 
 
-def shape_ranges(config: ModelConfig, part: str, options: EngineOptions) -> tuple[dict[str, Range], dict[str, Range]]:
+def shape_ranges(config: ModelConfig, part: str, options: EngineLimits) -> tuple[dict[str, Range], dict[str, Range]]:
     """The shapes of every input: decoding (S = 1, T = 1 ... context) and prompts (S = 1 ... prefill, the same T)."""
     past, tokens = min(_OPT_PAST, options.context), min(_OPT_TOKENS, options.prefill)
     decode = ({"S": 1, "T": 1}, {"S": 1, "T": past}, {"S": 1, "T": options.context})

@@ -31,12 +31,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     from export.engine_build import BuildRequest, build, shape_ranges
     from runtime.backends.tensorrt_library import load
     from runtime.bundle import Bundle
-    from runtime.engines import EngineOptions
+    from runtime.engine_store import EngineLimits
     from runtime.graph_io import part_io
 
     begin = time.monotonic()
     library = load((request["flavour"],))
-    bundle, part, options = Bundle.open(request["bundle"]), request["part"], EngineOptions(**request["options"])
+    bundle, part, options = Bundle.open(request["bundle"]), request["part"], EngineLimits(**request["options"])
     try:
         graph = checked_graph(bundle, part)
         check_weights(bundle, part)

@@ -21,7 +21,7 @@ import psutil
 
 from export import engine_worker
 from runtime.bundle import Bundle
-from runtime.engines import EngineKey, EngineOptions, EngineStore, Target, engine_keys
+from runtime.engine_store import EngineKey, EngineLimits, EngineStore, Target, engine_keys
 from runtime.errors import BudgetError, EdgeError, UsageError
 from runtime.graph_io import weight_files
 from runtime.memory import limit
@@ -53,12 +53,12 @@ def part_weight_bytes(bundle: Bundle, part: str) -> int:
     return sum(bundle.manifest.files[file].bytes for file in weight_files(bundle.config, part))
 
 
-def estimate_bytes(weight_bytes: int, options: EngineOptions) -> int:
+def estimate_bytes(weight_bytes: int, options: EngineLimits) -> int:
     """Memory that building one part may take."""
     return BASE_BYTES + BYTES_PER_WEIGHT_BYTE * weight_bytes + options.workspace_bytes
 
 
-def check_memory(bundle: Bundle, options: EngineOptions, parts: Iterator[str] | list[str]) -> int:
+def check_memory(bundle: Bundle, options: EngineLimits, parts: Iterator[str] | list[str]) -> int:
     """The estimate of the largest of `parts`. Raises BudgetError, with the sum, when this machine has less free."""
     sizes = {part: part_weight_bytes(bundle, part) for part in parts}
     if not sizes:
@@ -75,7 +75,7 @@ def check_memory(bundle: Bundle, options: EngineOptions, parts: Iterator[str] | 
 
 
 def build_engines(
-    bundle: Bundle, target: Target, options: EngineOptions, store: EngineStore, progress: Progress
+    bundle: Bundle, target: Target, options: EngineLimits, store: EngineStore, progress: Progress
 ) -> list[PartResult]:
     """Build every part that the store does not have. Raises EdgeError naming the part; what was built stays."""
     keys, results = engine_keys(bundle, target, options), []
@@ -91,7 +91,7 @@ def build_engines(
     return results
 
 
-def check_engines(bundle: Bundle, target: Target, options: EngineOptions, progress: Progress) -> list[PartResult]:
+def check_engines(bundle: Bundle, target: Target, options: EngineLimits, progress: Progress) -> list[PartResult]:
     """Build every part, the expert's graph too, and keep nothing: the proof that the graphs compile."""
     parts, results = [*engine_keys(bundle, target, options), "expert"], []
     check_memory(bundle, options, parts)
@@ -117,7 +117,7 @@ def _build_into(store: EngineStore, key: EngineKey, bundle: Bundle, target: Targ
 
 
 def _request(
-    bundle: Bundle, part: str, target: Target, options: EngineOptions, out: Path, timing_cache: bytes
+    bundle: Bundle, part: str, target: Target, options: EngineLimits, out: Path, timing_cache: bytes
 ) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path.absolute()),

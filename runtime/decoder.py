@@ -14,10 +14,10 @@ import torch
 from runtime.backends.base import Backend
 from runtime.cache import ExpertCache
 from runtime.config import ModelConfig
+from runtime.graph_io import BLOCK_TOKENS
 from runtime.kv_cache import KVCache
 from runtime.router import Routing
 
-BLOCK_TOKENS = 512  # tokens that a dense block takes at once (the prefill profile of a TensorRT engine)
 CHUNK_BYTES = 64 << 20  # experts' outputs of one layer that prefill may hold
 
 
@@ -51,8 +51,7 @@ class Decoder:
 
         Raises ReadError when an expert cannot be read; `rewind` makes the decoder usable again.
         """
-        size = prefill_chunk(self._config)
-        for chunk in token_ids.split(size):
+        for chunk in self._chunks(token_ids):
             x = self._forward_chunk(chunk)
         begin = time.monotonic_ns()
         logits = self._backend.run_head(x[-1:])[0]
@@ -62,13 +61,12 @@ class Decoder:
     @torch.inference_mode()
     def forward_all(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Like `forward`, but the logits [S, V] after every token: for tests and perplexity."""
-        size = prefill_chunk(self._config)
-        return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in token_ids.split(size)])
+        return torch.cat([self._backend.run_head(self._forward_chunk(chunk)) for chunk in self._chunks(token_ids)])
 
     @torch.inference_mode()
     def states(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Like `forward`, but what the head would see after every token: [S, H] fp32."""
-        return torch.cat([self._forward_chunk(chunk) for chunk in token_ids.split(prefill_chunk(self._config))])
+        return torch.cat([self._forward_chunk(chunk) for chunk in self._chunks(token_ids)])
 
     @torch.inference_mode()
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -91,6 +89,9 @@ class Decoder:
         """Where the time went since the last call."""
         timing, self._timing = self._timing, Timing()
         return timing
+
+    def _chunks(self, token_ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        return token_ids.split(prefill_chunk(self._config))
 
     def _forward_chunk(self, token_ids: torch.Tensor) -> torch.Tensor:
         x = self._backend.embed(token_ids)

@@ -161,7 +161,7 @@ class Engine:
         if self._run is None:
             raise UsageError("nothing has been generated yet")
         summary, router = self._run.summary, self.decoder.router
-        summary.add(self._run.records)
+        summary.work_out(self._run.records)
         summary.retries = self._assembly.loader.retries
         summary.route_agreement = router.agreement if isinstance(router, CachePriorRouter) else None
         return summary

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from runtime.config import ModelConfig
 from runtime.layout import EMBED_FILE, HEAD_FILE, layer_file
 
+BLOCK_TOKENS = 512  # the most tokens that the decoder gives to a block at once, so what an engine is built for
 Dims = tuple[int | str, ...]
 
 

@@ -112,8 +112,8 @@ class Summary:
     mapped_code_bytes: int = 0
     retries: int = 0
 
-    def add(self, records: list[TokenRecord]) -> None:
-        """Work the figures out from the records of a run, the first of which is the prefill's."""
+    def work_out(self, records: list[TokenRecord]) -> None:
+        """Every figure from the records of a run so far, the first of which is the prefill's."""
         self.ttft_ms = records[0].total_ms if records else None
         self.prefill_bytes = records[0].bytes if records else 0
         decode = records[1:]

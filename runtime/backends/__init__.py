@@ -45,10 +45,9 @@ def scratch_bytes(name: str, bundle: Bundle, context: int) -> int:
     """What the dense parts compute in, where that is much: TensorRT keeps it for the greatest shapes all the time."""
     if name != "tensorrt":
         return 0
-    from runtime.engines import PREFILL_TOKENS
-    from runtime.graph_io import attention_scratch_bytes
+    from runtime.graph_io import BLOCK_TOKENS, attention_scratch_bytes
 
-    return attention_scratch_bytes(bundle.config, context, min(PREFILL_TOKENS, context))
+    return attention_scratch_bytes(bundle.config, context, min(BLOCK_TOKENS, context))
 
 
 def _dense_bytes(name: str, bundle: Bundle, dtype: torch.dtype) -> int:

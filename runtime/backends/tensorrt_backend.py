@@ -19,7 +19,7 @@ from runtime.backends.tensorrt_library import Library, load
 from runtime.bundle import Bundle
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import Cuda
-from runtime.engines import EngineOptions, EngineStore, Target, engine_keys
+from runtime.engine_store import EngineLimits, EngineStore, Target, engine_keys
 from runtime.errors import UsageError
 from runtime.graph_io import block_part, mlp_part, part_io
 from runtime.kv_cache import KVCache
@@ -98,7 +98,7 @@ class TensorRTBackend(GpuBackend):
         self._parts[part].run(profile, inputs, outputs, self._gpu.stream.handle)
 
     def _load_parts(
-        self, bundle: Bundle, library: Library, store: EngineStore, target: Target, options: EngineOptions
+        self, bundle: Bundle, library: Library, store: EngineStore, target: Target, options: EngineLimits
     ) -> dict[str, Part]:
         loader, stream = Loader(library), self._gpu.stream.handle
         parts = {}
@@ -124,7 +124,7 @@ def _starts_aligned(cache: KVCache, layer: int) -> bool:
     return all(rows[layer].data_ptr() % ALIGNMENT == 0 for rows in (cache.keys, cache.values))
 
 
-def find_options(bundle: Bundle, target: Target, store: EngineStore, context: int) -> EngineOptions:
+def find_options(bundle: Bundle, target: Target, store: EngineStore, context: int) -> EngineLimits:
     """What this bundle's engines were built with: the smallest context that is enough. Raises UsageError when a part
     has no engine.
     """

@@ -64,12 +64,6 @@ class Cuda:
         """Give memory of `device_alloc` back."""
         self._call("cudaFree", address)
 
-    def free_bytes(self) -> int:
-        """Memory of the GPU that is free now."""
-        error, free, _total = self._runtime.cudaMemGetInfo()
-        self._check("cudaMemGetInfo", error)
-        return int(free)
-
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Copy in the order of a stream, whatever memory the two addresses lie in."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
@@ -157,12 +151,9 @@ class Cuda:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         error, value = _pair(getattr(self._runtime, name)(*arguments))
-        self._check(name, error)
-        return value
-
-    def _check(self, name: str, error: Any) -> None:
         if int(error) != 0:
             raise EdgeError(f"{name} failed ({self._words(error)}): the GPU is in no state to go on; start again")
+        return value
 
     def _words(self, error: Any) -> str:
         _, text = _pair(self._runtime.cudaGetErrorString(error))

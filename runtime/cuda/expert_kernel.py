@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.config import ModelConfig
 from runtime.cuda.driver import Gpu
-from runtime.engines import default_root
+from runtime.engine_store import default_root
 from runtime.errors import EdgeError, UsageError
 from runtime.private_files import check_private, read_private, write_private
 

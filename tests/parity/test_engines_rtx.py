@@ -15,14 +15,14 @@ from export.engine_worker import checked_graph
 from export.exporter import export_bundle
 from export.settings import ExportOptions
 from runtime.bundle import Bundle
-from runtime.engines import EngineOptions
+from runtime.engine_store import EngineLimits
 from runtime.graph_io import dense_parts, part_io
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.parity.dense_models import MODELS, make_bundle
 from tests.rtx import needs_rtx
 
 pytestmark = needs_rtx
-OPTIONS = EngineOptions(context=128, prefill=64, workspace_bytes=256 << 20)
+OPTIONS = EngineLimits(context=128, prefill=64, workspace_bytes=256 << 20)
 
 
 def unique_parts(bundle: Bundle) -> Iterator[str]:

@@ -57,9 +57,6 @@ class FakeCuda:
         self.log.append(("device_free", address))
         del self._memory[address]
 
-    def free_bytes(self) -> int:
-        return self._free
-
     def tensor(self, address: int, values: int) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_ubyte * (2 * values)).from_address(address), dtype=torch.float16)
 

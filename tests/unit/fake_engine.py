@@ -19,7 +19,7 @@ from export.engine_build import shape_ranges
 from runtime.backends.tensorrt_library import Library
 from runtime.bundle import Bundle
 from runtime.cuda.device import Device
-from runtime.engines import EngineOptions, EngineStore, Target, engine_keys
+from runtime.engine_store import EngineLimits, EngineStore, Target, engine_keys
 from runtime.graph_io import PartIO, TensorIO, part_io
 from runtime.layout import graph_file
 from tests.unit.fake_cuda import ORIN, FakeCuda
@@ -52,7 +52,7 @@ def fake_device(cuda: FakeCuda | None = None) -> Device:
     return Device(torch.device("cpu"), cuda, NullStream())
 
 
-def store_engines(bundle: Bundle, store: EngineStore, options: EngineOptions, target: Target = TARGET) -> None:
+def store_engines(bundle: Bundle, store: EngineStore, options: EngineLimits, target: Target = TARGET) -> None:
     """What `edge engines` leaves behind."""
     for part, key in engine_keys(bundle, target, options).items():
         text = {"part": part, "bundle": str(bundle.path), "context": options.context, "prefill": options.prefill}
@@ -93,7 +93,7 @@ class _Engine:
         log.append(("deserialise", self.part))
         config = Bundle.open(text["bundle"]).config
         self.io: PartIO = part_io(config, self.part)
-        self.ranges = shape_ranges(config, self.part, EngineOptions(text["context"], text["prefill"]))
+        self.ranges = shape_ranges(config, self.part, EngineLimits(text["context"], text["prefill"]))
         self._tensors = {tensor.name: tensor for tensor in (*self.io.inputs, *self.io.outputs)}
         path = str(Path(text["bundle"]) / graph_file(self.part, "fp16"))
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

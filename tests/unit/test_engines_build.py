@@ -13,7 +13,7 @@ import pytest
 from export.blocks import build_graphs
 from export.engine_build import BuildRequest, build, shape_ranges
 from runtime.backends.tensorrt_library import Library, cure, jetpack, load
-from runtime.engines import EngineOptions
+from runtime.engine_store import EngineLimits
 from runtime.errors import EdgeError, UsageError
 from runtime.graph_io import PartIO, TensorIO, attention_scratch_bytes, dense_parts, part_io, weight_files
 from runtime.layout import graph_file
@@ -21,7 +21,7 @@ from tests.parity.dense_models import MODELS
 from tests.unit.fake_tensorrt import Log, fake_module
 
 CONFIG = MODELS["gqa-bias-gate"]  # 8 heads, 2 key heads of 16, hidden 64
-OPTIONS = EngineOptions(context=128, prefill=32, workspace_bytes=1000)
+OPTIONS = EngineLimits(context=128, prefill=32, workspace_bytes=1000)
 BLOCK = part_io(CONFIG, "layer_00")
 
 
@@ -88,7 +88,7 @@ def test_the_two_profiles() -> None:
 
 
 def test_a_long_context_is_tuned_for_a_usual_one() -> None:
-    decode, prefill = shape_ranges(CONFIG, "layer_00", EngineOptions(8192, 512))
+    decode, prefill = shape_ranges(CONFIG, "layer_00", EngineLimits(8192, 512))
     assert decode["past_v"] == ((1, 2, 16), (1024, 2, 16), (8192, 2, 16))
     assert prefill["x"] == ((1, 64), (128, 64), (512, 64))
 

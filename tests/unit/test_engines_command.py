@@ -16,7 +16,7 @@ from export import engine_worker, engines
 from export.engines import PartResult, build_engines, check_memory, estimate_bytes
 from runtime.backends.tensorrt_library import load
 from runtime.bundle import Bundle
-from runtime.engines import EngineOptions, EngineStore, Target, engine_keys
+from runtime.engine_store import EngineLimits, EngineStore, Target, engine_keys
 from runtime.errors import BudgetError, BundleError, EdgeError, UsageError
 from runtime.layout import layer_file
 from tests.parity.dense_models import MODELS, make_bundle, write_manifest
@@ -25,7 +25,7 @@ from tests.rtx import needs_rtx
 CONFIG = MODELS["gqa-bias-gate"]
 PARTS = ["layer_00", "mlp_00", "layer_01", "mlp_01", "head"]
 TARGET = Target("tensorrt", "10.3.0", "Orin sm_87 x8")
-OPTIONS = EngineOptions(64, 16, 1 << 20)
+OPTIONS = EngineLimits(64, 16, 1 << 20)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_an_interrupted_build_goes_on(bundle: Bundle, store: EngineStore, monkey
 def test_memory_is_estimated_before_anything_is_built(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest part decides: layer_01 here, whose file has 100 x 10^6 bytes of weights once its size is faked."""
     monkeypatch.setattr(engines, "part_weight_bytes", lambda b, part: 100_000_000 if part == "layer_01" else 1)
-    options = EngineOptions(64, 16, 200_000_000)
+    options = EngineLimits(64, 16, 200_000_000)
     assert estimate_bytes(100_000_000, options) == 600_000_000 + 4 * 100_000_000 + 200_000_000
     monkeypatch.setattr(engines, "limit", lambda: (1_200_000_000, "the machine's free memory"))
     assert check_memory(bundle, options, PARTS) == 1_200_000_000
@@ -153,7 +153,7 @@ def test_the_builder_process_loads_little(bundle: Bundle) -> None:
     """torch would cost every part a second and 200 MB that a board does not have."""
     code = (
         "import sys, json; from export import engine_worker, engine_build; "
-        "from runtime import engines, bundle; from runtime.backends import tensorrt_library; "
+        "from runtime import engine_store, bundle; from runtime.backends import tensorrt_library; "
         "heavy = {'torch', 'onnx', 'transformers', 'rich'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -196,7 +196,7 @@ def test_check_builds_everything_without_a_gpu(
 def test_real_engines_in_the_store(bundle: Bundle, store: EngineStore) -> None:
     """TensorRT-RTX through the builder's processes into the store; damaged weights stop it, the rest is kept."""
     library = load(("tensorrt-rtx",))
-    target, options = Target("tensorrt-rtx", library.version, "sm_86", "86"), EngineOptions(64, 16, 64 << 20)
+    target, options = Target("tensorrt-rtx", library.version, "sm_86", "86"), EngineLimits(64, 16, 64 << 20)
     weights = bundle.path / layer_file(1)
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -214,7 +214,7 @@ def test_too_little_workspace_is_told_with_the_cure(bundle: Bundle, store: Engin
     """TensorRT finds no kernel that works in a kilobyte, and says so."""
     target = Target("tensorrt-rtx", load(("tensorrt-rtx",)).version, "sm_86", "86")
     with pytest.raises(EdgeError, match=r"layer_00: .* cannot build this graph: .*workspace.*: give more with --work"):
-        build_engines(bundle, target, EngineOptions(64, 16, 1 << 10), store, ignore)
+        build_engines(bundle, target, EngineLimits(64, 16, 1 << 10), store, ignore)
     assert store.built_options() == []
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from runtime.bundle import Bundle
-from runtime.engines import EngineKey, EngineOptions, EngineStore, Target, default_root, engine_keys
+from runtime.engine_store import EngineKey, EngineLimits, EngineStore, Target, default_root, engine_keys
 from runtime.errors import UsageError
 from tests.parity.dense_models import MODELS, make_bundle
 from tests.unit.fake_tensorrt import engine_bytes
 
 TARGET = Target("tensorrt", "10.3.0", "Orin sm_87 x8")
-OPTIONS = EngineOptions(128, 32)
+OPTIONS = EngineLimits(128, 32)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from runtime.budget import plan_run
 from runtime.bundle import Bundle
 from runtime.cuda.driver import Gpu
 from runtime.engine import Engine, EngineOptions, GenerateOptions
-from runtime.engines import EngineOptions as Limits
-from runtime.engines import EngineStore, engine_keys
+from runtime.engine_store import EngineLimits as Limits
+from runtime.engine_store import EngineStore, engine_keys
 from runtime.errors import EdgeError, UsageError
 from runtime.kv_cache import KVCache
 from tests.checkpoints import make_checkpoint

@@ -34,14 +34,13 @@ from runtime.private_files import check_private, read_private, sync, write_priva
 from runtime.strict import parse_json
 
 FORMAT_VERSION = 1
-PREFILL_TOKENS = 512  # what the decoder gives to a block at once (runtime/decoder.py)
 WORKSPACE_BYTES = 1 << 30
 _KEY_DIGITS = 24
 _MAX_SIDECAR_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineLimits:
     """What an engine is built for. `context`: most rows of past; `prefill`: most tokens of one call."""
 
     context: int
@@ -58,7 +57,7 @@ class EngineKey:
     flavour: str
     version: str
     gpu: str  # name, compute capability and multiprocessors; or what a check builds for
-    options: EngineOptions
+    options: EngineLimits
     format_version: int = FORMAT_VERSION
 
     def digest(self) -> str:
@@ -86,7 +85,7 @@ class Target:
     capability: str | None = None
 
 
-def engine_keys(bundle: Bundle, target: Target, options: EngineOptions) -> dict[str, EngineKey]:
+def engine_keys(bundle: Bundle, target: Target, options: EngineLimits) -> dict[str, EngineKey]:
     """The key of every dense part. Raises UsageError when the bundle has no fp16 graphs."""
     manifest = bundle.manifest
     if "fp16" not in manifest.graphs:
@@ -152,13 +151,13 @@ class EngineStore:
         sync(self.folder)
         return StoredEngine(path, len(data), facts)
 
-    def built_options(self) -> list[EngineOptions]:
+    def built_options(self) -> list[EngineLimits]:
         """The options that engines of this model were built with, the smallest context first."""
         found = set()
         for sidecar in self.folder.glob("*.json") if self.folder.is_dir() else ():
             record = parse_json(read_private(sidecar, min(sidecar.stat().st_size, _MAX_SIDECAR_BYTES)), str(sidecar))
             try:
-                found.add(EngineOptions(**record["key"]["options"]))
+                found.add(EngineLimits(**record["key"]["options"]))
             except (TypeError, KeyError):
                 continue  # of another release; `find` never meets it
         return sorted(found, key=lambda options: (options.context, options.prefill, options.workspace_bytes))
