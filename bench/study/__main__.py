@@ -73,12 +73,12 @@ STUDIES = {
         train_texts=("prose", "docs", "code"),
         test_texts=("chats", "gsm8k", "humaneval", "prose"),
         length=256,
-        steps=20,
+        steps=30,
         batch=2,
-        lr=3e-3,
+        lr=1.8e-3,
         train_tokens=8_000,
-        test_tokens=1_000,
-        strengths=Strengths(remoe=(3.0,), miss=(0.3,), prior=(0.05, 0.1, 0.2), energy=(0.05, 0.1)),
+        test_tokens=1_500,
+        strengths=Strengths(remoe=(3.0,), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.08)),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
@@ -111,33 +111,35 @@ class Runner:
         return {"method": method.name, "strength": method.strength, "tuned_for": method.slots, "seed": seed, **point}
 
     def wanted(self, seeds: int, only: list[str] | None) -> list[tuple[Method, int]]:
-        """Methods and seeds: those that decide with every seed, the others with the first. Raises UsageError."""
+        """Methods and seeds: those that decide with every seed, the others with the first; stock, with which all are
+        compared, is always among them. Raises UsageError for a name that no method has.
+        """
         known = list(methods(self.study.strengths, self.study.tuned_slots))
         names = {method.name for method in known}
         if only and not set(only) <= names:
             raise UsageError(f"no method {min(set(only) - names)!r} (known: {', '.join(sorted(names))})")
-        chosen = [method for method in known if not only or method.name in only]
+        chosen = [method for method in known if not only or method.name in (*only, "stock")]
         return [(m, seed) for seed in range(seeds) for m in chosen if seed == 0 or m.name in DECIDING]
 
     def _tuned(self, method: Method, seed: int) -> dict[str, Any]:
-        """The gates that the method gives, from the file of an earlier run with the same options if there is one."""
+        """The gates that the method gives, from the file of an earlier run of the same kind if there is one."""
         options = self._options(method, seed)
-        name = f"{method.router or method.key}-{seed}".replace("/", "-").replace(" ", "-").replace(",", "")
-        path = self._out / "routers" / f"{name}.safetensors"
-        if path.exists():
-            tensors, provenance = load_router(path, router_tensors(self.config))
-            if provenance is not None and provenance.options == json.loads(json.dumps(to_dict(options))):
-                return tensors
-        tuned = tune(self._model, self.config, self._train, options, teacher=self._teacher).tensors
-        path.parent.mkdir(parents=True, exist_ok=True)
         provenance = Provenance(
             base_gates_sha256=gates_sha256(self._bench.gates.tensors(stock=True)),
             base_model=self.config.family,
             method=method.router or method.key,
-            options=to_dict(options),
+            options=json.loads(json.dumps(to_dict(options))),
             data={"sha256": self._train.sha256, "tokens": self._train.tokens},
             steps=options.steps,
         )
+        name = f"{provenance.method}-{seed}".replace("/", "-").replace(" ", "-").replace(",", "")
+        path = self._out / "routers" / f"{name}.safetensors"
+        if path.exists():
+            tensors, found = load_router(path, router_tensors(self.config))
+            if found == provenance:
+                return tensors
+        tuned = tune(self._model, self.config, self._train, options, teacher=self._teacher).tensors
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_router(path, tuned, provenance)
         return tuned
 
@@ -160,7 +162,7 @@ class Runner:
 def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> list[dict[str, Any]]:
     """All points, those on file first."""
     file = out / "points.jsonl"
-    done = {(p["method"], p["strength"], p["tuned_for"], p["seed"]) for p in _points(file)}
+    done = set(_points(file))
     wanted = runner.wanted(seeds, only)
     for number, (method, seed) in enumerate(wanted, 1):
         if (method.name, method.strength, method.slots, seed) in done:
@@ -173,11 +175,13 @@ def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> 
             f"{number}/{len(wanted)} {method.key} seed {seed}: perplexity {quality['perplexity']:.3f}, KL "
             f"{quality['kl']:.4f}, EOR {quality['eor']:.3f}, misses {point['misses']} in {point['seconds']} s"
         )
-    return _points(file)
+    return list(_points(file).values())
 
 
-def _points(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def _points(file: Path) -> dict[tuple[str, float, int, int], dict[str, Any]]:
+    """What is on file; two processes may both have measured the stock router."""
+    points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {(p["method"], p["strength"], p["tuned_for"], p["seed"]): p for p in points}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

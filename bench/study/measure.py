@@ -18,6 +18,7 @@ from remoe.tune import Teacher, last_hidden
 from runtime.cache_prior import CachePrior
 
 Tensors = dict[str, torch.Tensor]
+_ROWS = 8  # sequences at once: choosing with a prior goes token by token, whatever their number
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,27 @@ class Bench:
         )
 
     def _run(self, prior: Prior | None) -> tuple[Quality, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Quality, and per sequence the chosen experts [L, S, K] with the document of each token [S]."""
+        """Quality, and per batch the chosen experts [L, N, K] with the document of each token [N]."""
         head = self.gates.model.get_output_embeddings().weight
         sums, chosen, overlaps = torch.zeros(4, dtype=torch.float64), [], []
         with self.gates.installed(), torch.no_grad():
-            for row in range(len(self.text)):
-                given = batch(self.text, [row])
+            for start in range(0, len(self.text), _ROWS):
+                rows = list(range(start, min(start + _ROWS, len(self.text))))
+                given = batch(self.text, rows)
                 tape = Tape(given.segments.flatten(), prior)
                 with self.gates.recorded(tape):
                     hidden = last_hidden(self.gates.model, given)
-                taught = self._teacher.hidden(self.gates, self.text, [row], given)
+                taught = self._teacher.hidden(self.gates, self.text, rows, given)
                 found = head_losses(hidden, head, given.targets.flatten(), taught, 1.0, 1.0)
                 count = int((given.targets != IGNORED).sum())
                 sums += torch.tensor([found.ce, found.kl, found.agreement, 1.0], dtype=torch.float64) * count
                 experts = torch.stack(tape.experts)
                 mask = as_mask(experts, self.gates.config.router.num_experts)
-                overlaps.append(float(expert_overlap(mask, tape.segments).mean()))
+                overlaps.append(float(expert_overlap(mask, tape.segments).mean()) * len(rows))
                 chosen.append((experts, tape.segments))
             self.gates.forget()
         ce, kl, agreement = (sums[:3] / sums[3]).tolist()
-        return Quality(math.exp(ce), kl, agreement, sum(overlaps) / len(overlaps)), chosen
+        return Quality(math.exp(ce), kl, agreement, sum(overlaps) / len(self.text)), chosen
 
     def _misses(self, chosen: list[tuple[torch.Tensor, torch.Tensor]], slots: int) -> float:
         number = self.gates.config.router.num_experts
