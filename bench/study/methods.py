@@ -40,6 +40,7 @@ class Strengths:
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
+    tuned_energy: tuple[float, ...]  # of that rule with the gates of the weakest ReMoE
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
@@ -55,7 +56,7 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
     weakest, middle = strengths.remoe[0], strengths.remoe[len(strengths.remoe) // 2]
     yield Method("ReMoE without Trust", weakest, scaled(replace(_PUBLISHED, trust=0.0), weakest))
     gentle = Method("ReMoE", weakest, scaled(_PUBLISHED, weakest))
-    for strength in strengths.energy[1:]:
+    for strength in strengths.tuned_energy:
         prior = CachePrior(strength, scaling="energy")
         yield replace(gentle, name="ReMoE + prior by energy", strength=strength, prior=prior, router=gentle.key)
     yield Method("ReMoE, output anchor", middle, scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))

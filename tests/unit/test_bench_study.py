@@ -58,7 +58,7 @@ def test_cache_prior_reads_less_and_changes_the_output(bench: Bench) -> None:
 
 
 def test_every_method_is_named_once_and_tunes_something() -> None:
-    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05, 0.1, 0.2))
+    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,), tuned_energy=(0.1, 0.2))
     found = list(methods(strengths, (2, 4)))
     assert len({method.key for method in found}) == len(found)
     by_name = {method.name: method for method in found}
