@@ -130,8 +130,6 @@ PRESETS = {
     "no-trust": Objective(trust=0.0),  # the paper's ablation
     "ce-only": _MODEL_ALONE,  # the paper's control
     "cache": replace(_MODEL_ALONE, ce=0.0, lm_kl=1.0, miss=0.1),  # the deployed cache against the whole model's output
-    # A third of the locality terms: costs nothing, and cache-prior routing at inference does the rest.
-    "gentle": replace(Objective(), reuse=0.1, smooth=0.005, lag=0.005, window=0.005),
 }
 
 

@@ -66,7 +66,6 @@ STUDIES = {
             miss=(0.1, 0.3),
             prior=(0.1, 0.15, 0.2, 0.4),
             energy=(0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3),
-            tuned_energy=(0.1, 0.13, 0.17, 0.25),
         ),
         tuned_slots=(4, 8),
         slots=(4, 5, 8, 16, 28),
@@ -82,9 +81,7 @@ STUDIES = {
         lr=1.8e-3,
         train_tokens=8_000,
         test_tokens=1_500,
-        strengths=Strengths(
-            remoe=(3.0,), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.08), tuned_energy=(0.05,)
-        ),
+        strengths=Strengths(remoe=(3.0,), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.08)),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
@@ -133,7 +130,7 @@ class Runner:
         provenance = Provenance(
             base_gates_sha256=gates_sha256(self._bench.gates.tensors(stock=True)),
             base_model=self.config.family,
-            method=method.router or method.key,
+            method=method.key,
             options=json.loads(json.dumps(to_dict(options))),
             data={"sha256": self._train.sha256, "tokens": self._train.tokens},
             steps=options.steps,

@@ -10,13 +10,13 @@ from runtime.cache_prior import CachePrior
 
 _PUBLISHED = Objective(reuse=1.0, smooth=0.05, lag=0.05, window=0.05)  # strength 1; the default is 0.3
 _NO_LOCALITY = replace(_PUBLISHED, reuse=0.0, smooth=0.0, lag=0.0, window=0.0)
-DECIDING = ("CE only", "ReMoE", "ReMoE without Trust", "ReMoE + prior by energy")  # these run with every seed
+DECIDING = ("CE only", "ReMoE", "ReMoE without Trust")  # these run with every seed
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to a router: `objective` None leaves the stock one. `slots`: the cache size that the objective knows of,
-    0 for those that know none. `prior` is active while measuring. Methods of one `router` share it; "": their own.
+    0 for those that know none. `prior` is active while measuring.
     """
 
     name: str
@@ -24,7 +24,6 @@ class Method:
     objective: Objective | None = None
     prior: CachePrior | None = None
     slots: int = 0
-    router: str = ""
 
     @property
     def key(self) -> str:
@@ -40,7 +39,6 @@ class Strengths:
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
-    tuned_energy: tuple[float, ...]  # of that rule with the gates of the weakest ReMoE
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
@@ -55,10 +53,6 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
         yield Method("ReMoE", strength, scaled(_PUBLISHED, strength))
     weakest, middle = strengths.remoe[0], strengths.remoe[len(strengths.remoe) // 2]
     yield Method("ReMoE without Trust", weakest, scaled(replace(_PUBLISHED, trust=0.0), weakest))
-    gentle = Method("ReMoE", weakest, scaled(_PUBLISHED, weakest))
-    for strength in strengths.tuned_energy:
-        prior = CachePrior(strength, scaling="energy")
-        yield replace(gentle, name="ReMoE + prior by energy", strength=strength, prior=prior, router=gentle.key)
     yield Method("ReMoE, output anchor", middle, scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))
     for size in slots:
         target = replace(scaled(_PUBLISHED, middle), reuse_target="cache", cache_slots=size)
@@ -68,7 +62,7 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
             objective = replace(PRESETS["cache"], miss=strength, cache_slots=size)
             yield Method("miss loss, output anchor", strength, objective, slots=size)
         for strength in strengths.prior[1:]:  # a weak prior alone costs next to nothing: it needs no tuning
-            active = replace(gentle.objective or _PUBLISHED, cache_slots=size, prior=strength)
+            active = replace(scaled(_PUBLISHED, weakest), cache_slots=size, prior=strength)
             yield Method("ReMoE, with the prior", strength, active, CachePrior(strength), slots=size)
 
 

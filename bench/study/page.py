@@ -11,14 +11,7 @@ from typing import Any
 
 PUBLISHED_EOR_GAIN = 1.26  # arXiv 2605.27081: .273 to .345 for DeepSeek-V2-Lite
 TRAINING_FREE = ("cache-prior", "cache-prior by energy")  # at strength 0 they are stock
-PLOTTED = (
-    "CE only",
-    "ReMoE",
-    "ReMoE without Trust",
-    "miss loss, output anchor",
-    *TRAINING_FREE,
-    "ReMoE + prior by energy",
-)
+PLOTTED = ("CE only", "ReMoE", "ReMoE without Trust", "miss loss, output anchor", *TRAINING_FREE)
 RULE = """Read off where a method costs as much as ReMoE does: its points, joined by straight lines in the order of
 their strengths (those of cache-prior begin at stock), give the fewest misses at a cost of at most that. Nothing is read
 beyond the points. In parentheses the range over seeds, then the saving as a multiple of ReMoE's.
