@@ -28,8 +28,9 @@ from bench.synthetic import write_synthetic
 from edge.calibrate import build_models, host_of, measured_figures
 from export.exporter import export_bundle
 from export.settings import ExportOptions
-from profiles.calibration import Models, calibrated, measure_engine, measure_reads
-from profiles.device import Device
+from profiles.calibration import Models, measure
+from profiles.calibration_fit import calibrated
+from profiles.device import STREAMING, Device
 from profiles.predict import predict, trace_misses
 from profiles.random_model import SyntheticOptions, random_ids
 from profiles.sizes import Sizes, model_sizes
@@ -42,7 +43,7 @@ from runtime.errors import UsageError
 
 AIM = 0.15
 _PROMPTS, _CONTEXT, _RANDOM_PROMPT_TOKENS = 3, 512, 32
-_RAW_SECONDS = 0.1
+_RAW_SECONDS = 0.05
 _RANDOM = "random"
 
 
@@ -120,8 +121,8 @@ def run_case(case: Case, device: Device, options: ForecastOptions) -> Outcome:
 
 def calibrate_round(models: Models, threads: int | None) -> Device:
     """The profile of this host as it is now."""
-    rates = measure_reads(models.large, _RAW_SECONDS, 1, lambda _: None)
-    return calibrated(host_of("here"), rates, measure_engine(models, threads, lambda _: None), measured_figures())
+    rates, runs = measure(models, threads, _RAW_SECONDS, lambda _: None)
+    return calibrated(host_of("here"), rates, runs, measured_figures())
 
 
 def run(paths: Sequence[Path], scratch: Path, options: ForecastOptions) -> None:
@@ -222,8 +223,8 @@ def _random_bundle(folder: Path, options: ForecastOptions) -> Path:
 def _figures(device: Device) -> dict[str, float]:
     found = {"memory_read_bytes_per_s": device.memory_read_bytes_per_s.value}
     found["drive_bytes_per_s"] = device.storage.typical.value
-    found |= {f"read_share_{s.blob_bytes}": s.read_share.value for s in device.streaming}
-    found |= {f"overlap_loss_{s.blob_bytes}": s.overlap_loss.value for s in device.streaming}
+    for stream in device.streaming:
+        found |= {f"{name}_{stream.blob_bytes}": getattr(stream, name).value for name in STREAMING}
     return found | {name: figure.value for name, figure in vars(device.overheads).items()}
 
 

@@ -13,20 +13,8 @@ from pathlib import Path
 import psutil
 
 from edge import console
-from profiles.calibration import (
-    FEW,
-    LARGE,
-    MANY,
-    MEDIUM,
-    ROUNDS,
-    SMALL,
-    STEPS,
-    Host,
-    Models,
-    calibrated,
-    measure_engine,
-    measure_reads,
-)
+from profiles.calibration import MODELS, Models, measure, steps
+from profiles.calibration_fit import Host, calibrated
 from profiles.device import Device, Figure, Streaming, parse_device
 from profiles.device_file import to_toml
 from profiles.random_model import SyntheticOptions, save_random_model
@@ -40,8 +28,7 @@ edge calibrate --out here.toml                    the drive of this folder; take
 edge calibrate /mnt/nvme --out board.toml
 edge forecast qwen.bundle --device here.toml
 """
-_SCRATCH_BYTES = 1_500_000_000
-_MODELS = {"few": FEW, "many": MANY, "small": SMALL, "medium": MEDIUM, "large": LARGE}
+_SCRATCH_BYTES = 1_000_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.toml", type=Path, help="the profile (default: standard output)")
     parser.add_argument("--name", default="here", help="what forecasts call it (default: %(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: the library's)")
-    parser.add_argument("--seconds", metavar="S", type=float, default=0.2,
-                        help="per block size, depth and round of raw reading (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seconds", metavar="S", type=float, default=0.05,
+                        help="per block size, depth and turn of raw reading (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, too")
 
 
@@ -82,11 +69,11 @@ def calibrate(
     folder: Path,
     name: str,
     threads: int | None = None,
-    seconds: float = 0.2,
+    seconds: float = 0.05,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Device:
     """The profile of this host and of the drive under `folder`; what is written there is removed again."""
-    total, done = len(_MODELS) + STEPS, 0
+    total, done = len(MODELS) + steps(), 0
 
     def tick(_: str) -> None:
         nonlocal done
@@ -95,15 +82,14 @@ def calibrate(
 
     with _scratch(folder) as scratch:
         models = build_models(Path(scratch), tick)
-        rates = measure_reads(models.large, seconds, ROUNDS, tick)
-        runs = measure_engine(models, threads, tick)
+        rates, runs = measure(models, threads, seconds, tick)
     progress("calibrate", total, total)
     return calibrated(host_of(name), rates, runs, measured_figures())
 
 
 def build_models(folder: Path, tick: Callable[[str], None]) -> Models:
     """The random models of a calibration, as bundles in `folder`."""
-    return Models(**{name: _bundle(folder, name, options, tick) for name, options in _MODELS.items()})
+    return Models(**{name: _bundle(folder, name, options, tick) for name, options in MODELS.items()})
 
 
 def rows(device: Device) -> list[list[str]]:
@@ -111,7 +97,7 @@ def rows(device: Device) -> list[list[str]]:
     overheads, storage = device.overheads, device.storage
     assert overheads is not None
     best = max(device.reads, key=lambda rate: rate.bytes_per_s.value)
-    parts = [(n, getattr(overheads, n).value) for n in ("token_s", "block_s", "routing_s", "expert_s", "miss_s")]
+    parts = [(name, figure.value) for name, figure in vars(overheads).items()]
     return [
         ["memory", f"{device.memory_read_bytes_per_s.value / 1e9:.1f} GB/s as a decoding engine reads it"],
         ["drive", f"{storage.typical.value / 1e9:.2f} GB/s ({storage.low.value / 1e9:.2f} to "
@@ -122,8 +108,9 @@ def rows(device: Device) -> list[list[str]]:
 
 
 def _stream(stream: Streaming) -> list[str]:
-    share, loss = stream.read_share.value, stream.overlap_loss.value
-    text = f"{share:.0%} of the drive's own rate; {loss:.0%} of the shorter of reading and computing is not hidden"
+    layer, miss = stream.reading_s.value, stream.miss_s.value
+    text = f"{stream.read_share.value:.0%} of the drive's own rate; takes {1e6 * layer:.0f} µs of computing per layer"
+    text += f" that misses and {1e6 * miss:.0f} µs per miss"
     return [f"blobs of {console.format_bytes(stream.blob_bytes)}", text]
 
 

@@ -1,64 +1,55 @@
-"""This host as a device profile: what `edge calibrate` measures, and how the figures are worked out.
+"""This host as a device profile: what `edge calibrate` measures. profiles/calibration_fit.py works the figures out.
 
-Random models run in the real engine. Two are so small that their bytes cost nothing: what is left is the price of each
-step of the work, and the two differ in experts per token, which gives the price of an expert. The largest is larger
-than a processor's cache: all resident it gives the memory's rate, with few slots, like two with smaller blobs, what
-reading costs beside computing. The drive is read raw as well, by block size and depth. Medians over tokens throughout.
+Random models run in the real engine. Two of them differ in nothing but experts per token, the others in the size of
+their experts, and every one has more weights in a layer than fit into a core's caches: between two of its steps a real
+model leaves no code and no data of the first one there. Each runs with several cache sizes, all resident among them.
+The drive is read raw as well, by block size and depth. All of them take turns, so that the machine's mood meets all.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from profiles.costs import Costs, device_costs, layer_times
-from profiles.device import Device, Figure, Overheads, ReadRate, Storage, Streaming
-from profiles.random_model import SyntheticOptions, decode_random
+from profiles.device import Figure, ReadRate, Storage
+from profiles.random_model import SyntheticOptions, random_ids
 from profiles.raw_reads import RawReader
 from profiles.sizes import Sizes, model_sizes
-from runtime.engine import Engine, EngineOptions
-from runtime.errors import EdgeError
+from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.records import TokenRecord
 
-FEW = SyntheticOptions(
-    layers=8, vocab_size=256, hidden_size=64, num_experts=16, top_k=2, expert_size=32, shared_size=32, num_heads=4
-)
-MANY = replace(FEW, top_k=8)
-LARGE = SyntheticOptions(
-    layers=4,
-    vocab_size=256,
-    hidden_size=1024,
-    num_experts=16,
-    top_k=4,
-    expert_size=1024,
+MANY = SyntheticOptions(
+    layers=12,
+    vocab_size=4096,
+    hidden_size=512,
+    num_experts=32,
+    top_k=8,
+    expert_size=64,
     shared_size=1024,
-    num_heads=16,
+    num_heads=8,
 )
-MEDIUM = replace(LARGE, hidden_size=512, expert_size=512, shared_size=512, num_heads=8)
-SMALL = replace(LARGE, hidden_size=256, expert_size=128, shared_size=128, num_experts=32, top_k=8, num_heads=4)
+FEW = replace(MANY, num_experts=16, top_k=2)
+MEDIUM = replace(MANY, layers=4, num_experts=16, expert_size=512, shared_size=512)
+LARGE = replace(MEDIUM, layers=2, hidden_size=1024, expert_size=1024, shared_size=1024, num_heads=16)
+MODELS = {"few": FEW, "many": MANY, "medium": MEDIUM, "large": LARGE}
 BLOCKS_BYTES = (4 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 2, 4, 8)
-ROUNDS = 3
-_TOKENS = {
-    "few": 64, "many": 64, "few, missing": 64, "large": 40, "large, missing": 40, "large, half missing": 40,
-    "medium, missing": 40, "medium, half missing": 40, "small, missing": 40, "small, half missing": 40,
-}  # fmt: skip
-STEPS = len(BLOCKS_BYTES) * len(DEPTHS) * ROUNDS + len(_TOKENS)
+TURNS, _TURN_TOKENS = 5, 6
+_PROMPT_TOKENS = 48  # ask for all experts, and leave attention little to do
+_COLD_TOKENS = 4
 
 Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Bundles of FEW, MANY, SMALL, MEDIUM and LARGE."""
+    """Bundles of MODELS."""
 
     few: Path
     many: Path
-    small: Path
     medium: Path
     large: Path
 
@@ -86,190 +77,71 @@ class Rates:
         )
 
 
-def measure_reads(bundle: Path, seconds: float, rounds: int, tick: Tick) -> Rates:
-    """Of the disk that holds the bundle, from its expert blobs."""
-    reader = RawReader.open(sorted(bundle.glob("experts/*/*")))
-    found: dict[tuple[int, int], list[float]] = {}
-    try:
-        for _ in range(rounds):
-            for block in BLOCKS_BYTES:
-                for depth in DEPTHS:
-                    tick("drive")
-                    found.setdefault((block, depth), []).append(reader.rate(block, depth, seconds=seconds))
-    finally:
-        reader.close()
-    return Rates(found)
-
-
 @dataclass(frozen=True)
-class Decoded:
-    """Decode steps of one model with one cache."""
+class Runs:
+    """Decode steps of one model: records with every expert resident, and those of smaller caches."""
 
     sizes: Sizes
-    records: list[TokenRecord]
-
-    def per_layer(self, part: str) -> float:
-        """Median seconds of a part of the tokens that missed nothing, per layer with experts."""
-        times = [getattr(r, part) for r in self.records if not sum(r.misses)]
-        if not times:
-            raise EdgeError("every token of a calibration run missed an expert: this is a defect, please report it")
-        return statistics.median(times) / 1000 / self.sizes.layers
+    resident: Sequence[TokenRecord]
+    missing: Sequence[Sequence[TokenRecord]] = ()
 
 
-def decode(bundle: Path, slots: int, tokens: int, threads: int | None) -> Decoded:
-    """Tokens of a random model with so many slots per layer."""
-    with Engine.open(bundle, EngineOptions(slots_per_layer=slots, threads=threads)) as engine:
-        sizes = model_sizes(engine.config, engine.context)
-        return Decoded(sizes, decode_random(engine, tokens, seed=1))
+def measure(models: Models, threads: int | None, seconds: float, tick: Tick) -> tuple[Rates, dict[str, Runs]]:
+    """The drive that holds the bundles, `seconds` for every setting and turn, and decode steps of every model.
 
-
-def measure_engine(models: Models, threads: int | None, tick: Tick) -> dict[str, Decoded]:
-    """Every run that the figures are worked out from, by name."""
-    settings = {
-        "few": (models.few, FEW.num_experts),
-        "many": (models.many, MANY.num_experts),
-        "few, missing": (models.few, FEW.top_k),
-        "large": (models.large, LARGE.num_experts),
-        "large, missing": (models.large, LARGE.top_k),
-        "large, half missing": (models.large, LARGE.num_experts // 2),
-        "small, missing": (models.small, SMALL.top_k),
-        "small, half missing": (models.small, SMALL.num_experts // 2),
-        "medium, missing": (models.medium, MEDIUM.top_k),
-        "medium, half missing": (models.medium, MEDIUM.num_experts // 2),
+    The engines are all open at once, one for each model and cache size: 0.9 GB in all.
+    """
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(RawReader.open(sorted(models.large.glob("experts/*/*")))))
+        decodings = {}
+        for name, options in MODELS.items():
+            tick("engine")
+            settings = [EngineOptions(slots_per_layer=slots, threads=threads) for slots in cache_sizes(options)]
+            engines = [stack.enter_context(Engine.open(getattr(models, name), setting)) for setting in settings]
+            decodings[name] = [_Decoding(engine) for engine in engines]
+        rates: dict[tuple[int, int], list[float]] = {}
+        for _ in range(TURNS):
+            _read(reader, seconds, rates, tick)
+            tick("engine")
+            for decoding in [decoding for several in decodings.values() for decoding in several]:
+                decoding.take(_TURN_TOKENS)
+    return Rates(rates), {
+        name: Runs(resident.sizes, resident.records, [decoding.records for decoding in missing])
+        for name, (resident, *missing) in decodings.items()
     }
-    found = {}
-    for name, (bundle, slots) in settings.items():
-        tick("engine")
-        found[name] = decode(bundle, slots, _TOKENS[name], threads)
-    return found
 
 
-@dataclass(frozen=True)
-class Host:
-    """What a profile says of a machine before anything is measured; `system_bytes` of `ram_bytes` are taken."""
-
-    name: str
-    title: str
-    ram_bytes: int
-    system_bytes: int
+def _read(reader: RawReader, seconds: float, rates: dict[tuple[int, int], list[float]], tick: Tick) -> None:
+    """One more round of every setting."""
+    for block in BLOCKS_BYTES:
+        for depth in DEPTHS:
+            tick("drive")
+            rates.setdefault((block, depth), []).append(reader.rate(block, depth, seconds=seconds))
 
 
-def calibrated(host: Host, rates: Rates, runs: dict[str, Decoded], figure: Callable[[float, str], Figure]) -> Device:
-    """The profile whose memory rate, read curve and overheads explain the runs."""
-    steps = step_costs(runs["few"], runs["many"])
-    device = Device(
-        name=host.name,
-        title=host.title,
-        ram_bytes=figure(host.ram_bytes, "the memory that the kernel tells"),
-        system_bytes=figure(host.system_bytes, "what was not available then"),
-        memory_read_bytes_per_s=figure(memory_rate(runs["large"], steps), "weights of a decoding engine, all resident"),
-        storage=rates.storage(figure),
-        reads=rates.curve(figure),
-        overheads=Overheads(
-            token_s=figure(steps.token_s, "other_ms of a model without weight"),
-            block_s=figure(steps.block_s, "dense_ms of a model without weight"),
-            routing_s=figure(steps.routing_s, "routing_ms, and putting outputs together"),
-            expert_s=figure(steps.expert_s, f"expert_ms of {MANY.top_k} experts per token less that of {FEW.top_k}"),
-            miss_s=figure(0.0, "not fitted yet"),
-        ),
-    )
-    miss_s = _miss_s(runs["few, missing"], runs["few"])
-    assert device.overheads
-    found = figure(miss_s, "what tokens that miss tiny blobs take longer, less their waiting")
-    device = replace(device, overheads=replace(device.overheads, miss_s=found))
-    sizes = ([runs[f"{name}, missing"], runs[f"{name}, half missing"]] for name in ("small", "medium", "large"))
-    return replace(device, streaming=tuple(_streaming(device, missing, figure) for missing in sizes))
+def cache_sizes(options: SyntheticOptions) -> tuple[int, ...]:
+    """Slots per layer, all experts first. With top-k 8 the others miss about one, two to three, and four to six."""
+    experts, top_k = options.num_experts, options.top_k
+    return (experts,) if top_k == FEW.top_k else (experts, experts - experts // 8, (top_k + experts) // 2, top_k)
 
 
-def _streaming(device: Device, runs: Sequence[Decoded], figure: Callable[[float, str], Figure]) -> Streaming:
-    """Of runs with blobs of one size."""
-    size = runs[0].sizes.blob_bytes
-    share = figure(_read_share(device, runs), "the engine's reads against raw ones")
-    known = replace(device, streaming=(Streaming(size, share, figure(0.0, "not fitted yet")),))
-    loss = figure(_overlap_loss(known, runs), "what tokens that miss take beyond the sum of their parts")
-    return Streaming(size, share, loss)
+def steps() -> int:
+    """How often a whole calibration ticks, without making the models."""
+    return TURNS * (len(BLOCKS_BYTES) * len(DEPTHS) + 1) + len(MODELS)
 
 
-@dataclass(frozen=True)
-class StepCosts:
-    """Seconds of the steps of a token whose weights weigh nothing."""
+class _Decoding:
+    """An answer that is computed piece by piece."""
 
-    token_s: float
-    block_s: float
-    routing_s: float
-    mixing_s: float  # a part of routing_s: putting the experts' outputs together
-    expert_s: float
+    def __init__(self, engine: Engine) -> None:
+        self.sizes = model_sizes(engine.config, engine.context)
+        tokens = _COLD_TOKENS + TURNS * (_TURN_TOKENS + 1)
+        options = GenerateOptions(max_new_tokens=tokens, temperature=1.0, seed=1, ignore_eos=True)
+        self._tokens = engine.generate(random_ids(engine.config.vocab_size, _PROMPT_TOKENS, seed=1), options)
+        self.records: list[TokenRecord] = []
+        for _ in range(_COLD_TOKENS):
+            next(self._tokens)
 
-
-def step_costs(few: Decoded, many: Decoded) -> StepCosts:
-    """From two models that differ only in experts per token."""
-    more = many.sizes.top_k - few.sizes.top_k
-    expert = max(0.0, (many.per_layer("expert_ms") - few.per_layer("expert_ms")) / more)
-    mixing = max(0.0, few.per_layer("expert_ms") - few.sizes.top_k * expert)
-    return StepCosts(
-        token_s=statistics.median(r.other_ms for r in few.records) / 1000,
-        block_s=max(0.0, few.per_layer("dense_ms") - expert),  # the shared experts are one more product
-        routing_s=few.per_layer("routing_ms") + mixing,
-        mixing_s=mixing,
-        expert_s=expert,
-    )
-
-
-def memory_rate(large: Decoded, steps: StepCosts) -> float:
-    """Bytes per second of dense weights and experts, from the time that is left after what each step costs."""
-    sizes = large.sizes
-    size = sizes.dense_layer_bytes + sizes.shared_bytes + sizes.top_k * sizes.expert_bytes
-    fixed = steps.block_s + steps.mixing_s + (1 + sizes.top_k) * steps.expert_s
-    seconds = large.per_layer("dense_ms") + large.per_layer("expert_ms") - fixed
-    if seconds <= 0:
-        raise EdgeError("the large calibration model took no longer than the small ones: run it again, with less else")
-    return size / seconds
-
-
-def _miss_s(missing: Decoded, resident: Decoded) -> float:
-    """What the steps of a token take longer per tiny blob that it misses: all but the waiting, which is the drive's."""
-    usual = _median([r.total_ms for r in resident.records if not sum(r.misses)])
-    found = []
-    for record in missing.records:
-        if misses := sum(record.misses):
-            found.append((record.total_ms - record.wait_ms - usual) / misses / 1000)
-    return max(0.0, _median(found))
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else 0.0
-
-
-def _read_share(device: Device, runs: Sequence[Decoded]) -> float:
-    """The drive's own time over the time in which the engine had reads on their way."""
-    shares = []
-    for run in runs:
-        costs = device_costs(run.sizes, device)
-        for record in run.records:
-            misses = np.array([m for m in record.misses if m], dtype=np.float64)
-            if len(misses) and record.read_busy_ms:
-                shares.append(float(costs.read_s(misses).sum()) / (record.read_busy_ms / 1000))
-    return min(2.0, statistics.median(shares)) if shares else 1.0
-
-
-def _overlap_loss(device: Device, runs: Sequence[Decoded]) -> float:
-    """Of the shorter of reading and computing, the share that the tokens did not hide."""
-    losses = []
-    for run in runs:
-        costs = device_costs(run.sizes, device)
-        for record in run.records:
-            hidden = _hidden_s(costs, run.sizes.top_k, record)
-            if hidden:
-                seconds = _predicted_s(costs, run.sizes.top_k, record)
-                losses.append((record.total_ms / 1000 - seconds) / hidden)
-    return min(1.0, max(0.0, statistics.median(losses))) if losses else 0.0
-
-
-def _predicted_s(costs: Costs, top_k: int, record: TokenRecord) -> float:
-    misses = np.array(record.misses, dtype=np.float64)
-    return costs.token_s + float(layer_times(costs, top_k, misses).total_s.sum())
-
-
-def _hidden_s(costs: Costs, top_k: int, record: TokenRecord) -> float:
-    """Seconds in which reading and computing could go on at once."""
-    return _predicted_s(replace(costs, overlap_loss=1.0), top_k, record) - _predicted_s(costs, top_k, record)
+    def take(self, count: int) -> None:
+        """One more than `count`: the first comes after other engines' work and is left out."""
+        self.records += [next(self._tokens).record for _ in range(count + 1)][1:]

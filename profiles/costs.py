@@ -1,10 +1,13 @@
-"""What the parts of a token cost on a device, and from them the time of a layer: one formula for every forecast.
+"""What the parts of a token cost on a device, and from them the time of a layer: one formula for every forecast, and
+for the schedule floor of every benchmark (profiles/floor.py gives it measured parts).
 
-    layer = dense + routing + max( reading + last missed expert, shared + all experts ) + misses + what is not hidden
+    layer = dense + routing + max( reading, beside ) + last missed expert
+    beside = shared + resident experts + missed experts but the last + handling
+    handling = what a layer that misses costs once + misses x what each one costs
 
-Reading begins before anything is computed; missed experts are computed as they land. Without overheads in the device
-profile this is a floor: no schedule of these parts is faster. `overlap_loss` is the share of the shorter side (reading,
-or the arithmetic beside it) that a measured engine did not hide behind the longer one.
+Reading begins before anything is computed; missed experts are computed as they land. Handling is what reads take from
+the processor that computes; while the arithmetic waits for the drive anyway, it costs nothing. Without overheads and
+handling in the device profile this is a floor: no schedule of these parts is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from profiles.device import Device, Overheads, ReadRate
+from profiles.device import STREAMING, Device, Overheads, ReadRate
 from profiles.sizes import Sizes
 from runtime.loader import cut
 from runtime.options import EngineOptions
@@ -35,8 +38,8 @@ class Costs:
     shared_s: float
     expert_s: float
     read_s: Callable[[Array], Array]
-    miss_s: float = 0.0  # per missed expert, beside its reading
-    overlap_loss: float = 0.0
+    reading_s: float = 0.0  # of handling: per layer that misses anything
+    miss_s: float = 0.0  # of handling: per missed expert
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,15 @@ class LayerTimes:
     waiting_s: Array
 
 
-def layer_times(costs: Costs, top_k: int, misses: Array) -> LayerTimes:
-    """Times of layers that miss `misses` of their `top_k` experts; an array of any shape."""
+def layer_times(costs: Costs, top_k: int | Array, misses: Array) -> LayerTimes:
+    """Times of layers that miss `misses` of their `top_k` experts; arrays of any shape."""
     reading = np.where(misses > 0, costs.read_s(misses), 0.0)
-    last = np.minimum(1.0, misses) * costs.expert_s
-    resident = costs.shared_s + (top_k - misses) * costs.expert_s
-    beside = resident + np.maximum(0.0, misses * costs.expert_s - last)  # all but the last missed expert
+    any_missed = np.minimum(1.0, misses)
+    last = any_missed * costs.expert_s
+    handling = any_missed * costs.reading_s + misses * costs.miss_s
+    beside = costs.shared_s + top_k * costs.expert_s - last + handling
     waiting = np.maximum(0.0, reading - beside)
-    hidden = np.minimum(reading, beside)
-    total = costs.layer_s + beside + waiting + last + misses * costs.miss_s + costs.overlap_loss * hidden
-    return LayerTimes(total, waiting)
+    return LayerTimes(costs.layer_s + beside + waiting + last, waiting)
 
 
 def device_costs(
@@ -66,15 +68,15 @@ def device_costs(
     memory, overheads = device.memory_read_bytes_per_s.value, device.overheads
     fixed = _Fixed.of(overheads)
     dispatch = fixed.expert_s if sizes.shared_bytes else 0.0
-    share, loss = _streaming(device, sizes.blob_bytes)
+    share, reading, miss = _streaming(device, sizes.blob_bytes)
     return Costs(
         token_s=sizes.head_bytes / memory + fixed.token_s,
         layer_s=sizes.dense_layer_bytes / memory + sizes.blocks / sizes.layers * fixed.block_s + fixed.routing_s,
         shared_s=sizes.shared_bytes / memory + dispatch,
         expert_s=sizes.expert_bytes / memory + fixed.expert_s,
         read_s=_reader(sizes.blob_bytes, device, drive, read_threads, share),
-        miss_s=fixed.miss_s,
-        overlap_loss=loss,
+        reading_s=reading,
+        miss_s=miss,
     )
 
 
@@ -94,22 +96,24 @@ class _Fixed:
     block_s: float = 0.0
     routing_s: float = 0.0
     expert_s: float = 0.0
-    miss_s: float = 0.0
 
     @classmethod
     def of(cls, overheads: Overheads | None) -> _Fixed:
         return cls(**{name: figure.value for name, figure in vars(overheads).items()}) if overheads else cls()
 
 
-def _streaming(device: Device, blob_bytes: int) -> tuple[float, float]:
-    """Read share and overlap loss for blobs of this size, between the measured sizes."""
+def _streaming(device: Device, blob_bytes: int) -> tuple[float, float, float]:
+    """Read share, and seconds per layer that misses and per miss, for blobs of this size, between the measured sizes.
+
+    A device where nobody has measured them reads at its drive's rate and handles reads for nothing, which is the floor.
+    """
     found = sorted(device.streaming, key=lambda stream: stream.blob_bytes)
     if not found:
-        return 1.0, 0.0
+        return 1.0, 0.0, 0.0
     places = np.log([stream.blob_bytes for stream in found])
-    columns = ([s.read_share.value for s in found], [s.overlap_loss.value for s in found])
-    share, loss = (float(np.interp(math.log(blob_bytes), places, column)) for column in columns)
-    return share, loss
+    columns = [[getattr(s, name).value for s in found] for name in STREAMING]
+    share, reading, miss = (float(np.interp(math.log(blob_bytes), places, column)) for column in columns)
+    return share, reading, miss
 
 
 def _reader(blob_bytes: int, device: Device, drive: Drive, threads: int, share: float) -> Callable[[Array], Array]:

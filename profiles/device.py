@@ -60,16 +60,21 @@ class Overheads:
     block_s: Figure  # per dense block
     routing_s: Figure  # per layer with experts: gates, top-k, asking the cache, putting outputs together
     expert_s: Figure  # per expert computed
-    miss_s: Figure  # per missed expert: handing it to reader threads and back, what that does to processor caches
 
 
 @dataclass(frozen=True)
 class Streaming:
-    """How well an engine reads and computes at once with blobs of one size: small ones take more handling per byte."""
+    """What reading costs beside computing, with blobs of one size. Reads take the processor, too: threads wake up, the
+    kernel is asked, bytes are checked. What that takes, in seconds, is missing to the arithmetic.
+    """
 
     blob_bytes: int
     read_share: Figure  # of the drive's raw rate, what reads through the engine reach
-    overlap_loss: Figure  # of the shorter one of reading and computing, what is not hidden behind the longer
+    reading_s: Figure  # per layer that misses anything, however much
+    miss_s: Figure  # per missed expert
+
+
+STREAMING = ("read_share", "reading_s", "miss_s")
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def parse_device(text: str, where: str) -> Device:
 def _check_figures(value: Any, where: str) -> None:
     """Every figure below `value` is a number that can be, and has a source."""
     if isinstance(value, Figure):
-        smallest = 0 if where.endswith((".id", ".overlap_loss")) or ".overheads." in where else math.ulp(0.0)
+        smallest = 0 if where.endswith((".id", ".reading_s", ".miss_s")) or ".overheads." in where else math.ulp(0.0)
         if not smallest <= value.value < 1e15:
             raise UsageError(f"{where}.value: {value.value} cannot be")
         if not value.source.strip():

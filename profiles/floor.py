@@ -1,8 +1,11 @@
 """The schedule floor: the least time a token can take with these parts on this machine.
 
-    floor = head + sum over layers [ block + max(missed bytes / read rate, shared + resident) + one missed expert ]
+It is the formula of profiles/costs.py without overheads, with parts that were timed one by one:
+
+    floor = head + sum over layers [ block + max( missed bytes / read rate, all other arithmetic ) + one missed expert ]
 
 The last term only where something was missed: a layer cannot end before its last expert has landed and been computed.
+All other arithmetic is shared, resident and missed experts but that one.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from profiles.bandwidth import median_seconds
+from profiles.costs import Costs, layer_times
 from runtime import backends
 from runtime.backends.base import Backend
 from runtime.bundle import Bundle
@@ -47,17 +52,17 @@ class Disk:
     bytes_per_s: float
 
 
-def layer_floor(costs: PartCosts, disk: Disk, hits: int, misses: int) -> float:
-    """Seconds of one layer with `hits` resident and `misses` missed experts."""
-    reading = misses * disk.blob_bytes / disk.bytes_per_s
-    computing = costs.shared_s + hits * costs.expert_s
-    return costs.block_s + max(reading, computing) + (costs.expert_s if misses else 0.0)
-
-
 def token_floor(costs: PartCosts, disk: Disk, record: TokenRecord) -> float:
     """Seconds of one token with the hits and misses of its record."""
-    layers = zip(record.hits, record.misses, strict=True)
-    return costs.head_s + sum(layer_floor(costs, disk, hits, misses) for hits, misses in layers)
+    parts = Costs(
+        token_s=costs.head_s,
+        layer_s=costs.block_s,
+        shared_s=costs.shared_s,
+        expert_s=costs.expert_s,
+        read_s=lambda misses: misses * disk.blob_bytes / disk.bytes_per_s,
+    )
+    hits, misses = (np.array(counts, dtype=np.float64) for counts in (record.hits, record.misses))
+    return costs.head_s + float(layer_times(parts, hits + misses, misses).total_s.sum())
 
 
 def median_floor(costs: PartCosts, disk: Disk, records: Sequence[TokenRecord]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from profiles.costs import Drive, device_costs, layer_times
-from profiles.device import Device, Figure
+from profiles.device import STREAMING, Device, Figure
 from profiles.sizes import Sizes, model_sizes
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
@@ -30,7 +30,6 @@ PLAN_CONTEXT = 4096
 # .1695 of 4/60, DeepSeek-V2-Lite .273 of 6/64. Tuning raised them by 27.2 % and 26.4 %.
 CHANCE, USUAL, HIGH = 1.0, 0.1695 / (4 / 60), 0.273 / (6 / 64)
 TUNED_GAIN = 0.264
-_STREAMING = ("read_share", "overlap_loss")
 _DRIVES: tuple[Drive, ...] = ("typical", "high", "low")
 Array = np.ndarray[Any, np.dtype[Any]]
 Misses = Callable[[int], Array]  # slots per layer to misses [N, L] of a trace's decode steps
@@ -159,7 +158,7 @@ def assumptions(device: Device) -> list[tuple[str, Figure]]:
         ("drive, usual", device.storage.typical),
         ("drive, high", device.storage.high),
         *(vars(device.overheads).items() if device.overheads else []),
-        *[(f"{name}, {s.blob_bytes / 1e6:.1f} MB", getattr(s, name)) for s in device.streaming for name in _STREAMING],
+        *[(f"{name}, {s.blob_bytes / 1e6:.1f} MB", getattr(s, name)) for s in device.streaming for name in STREAMING],
     ]
 
 

@@ -13,9 +13,10 @@ from bench.cgroup import MemoryGroup, Verdict
 from bench.common import interleaved
 from bench.decode import DecodeOptions, Round, parse_slots, summarise
 from bench.disk import MIB, ReadRates, blob_files, measure_reads, measure_write
+from bench.export import shares_of_ceiling
 from bench.memory_limit import LimitOptions, check_enough, check_refused
 from profiles.bandwidth import median_seconds
-from profiles.floor import Disk, PartCosts, active_bytes, layer_floor, median_floor
+from profiles.floor import Disk, PartCosts, active_bytes, median_floor, token_floor
 from profiles.raw_reads import RawReader, page_aligned
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 from runtime.errors import EdgeError, UsageError
@@ -38,13 +39,21 @@ def record(hits: list[int], misses: list[int]) -> TokenRecord:
         (0, 4, 1.0 + 8.0 + 0.25),  # missed experts but the last are computed while the next is read
     ],
 )
-def test_layer_floor(hits: int, misses: int, seconds: float) -> None:
-    assert layer_floor(COSTS, DISK, hits, misses) == seconds
+def test_floor_of_a_layer(hits: int, misses: int, seconds: float) -> None:
+    assert token_floor(COSTS, DISK, record([hits], [misses])) == 5.0 + seconds
 
 
-def test_layer_floor_when_arithmetic_is_the_longer() -> None:
-    fast = Disk(blob_bytes=2_000_000, bytes_per_s=8_000_000.0)  # 0.25 s per blob, 0.5 + 3 * 0.25 s of arithmetic
-    assert layer_floor(COSTS, fast, 3, 1) == 1.0 + 1.25 + 0.25
+@pytest.mark.parametrize(
+    ("hits", "misses", "seconds"),
+    [
+        (3, 1, 1.0 + (0.5 + 3 * 0.25) + 0.25),
+        (1, 3, 1.0 + (0.5 + 3 * 0.25) + 0.25),  # whatever is read, the last missed expert comes after the arithmetic
+        (0, 4, 1.0 + (0.5 + 3 * 0.25) + 0.25),
+    ],
+)
+def test_floor_of_a_layer_whose_arithmetic_is_the_longer(hits: int, misses: int, seconds: float) -> None:
+    fast = Disk(blob_bytes=2_000_000, bytes_per_s=8_000_000.0)  # 0.25 s per blob
+    assert token_floor(COSTS, fast, record([hits], [misses])) == 5.0 + seconds
 
 
 def test_floor_of_tokens_adds_layers_and_head() -> None:
@@ -117,6 +126,11 @@ def direct_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_an_export_is_measured_against_the_disk_around_it() -> None:
+    """100 between writes of 100 and 300 is half; 90 between 300 and 60 is half, too, though the disk became slow."""
+    assert shares_of_ceiling([100.0, 90.0], [100.0, 300.0, 60.0]) == [0.5, 0.5]
+
+
 class TestDisk:
     def test_pieces_cover_each_file_once(self, direct_folder: Path) -> None:
         """A file of 2 MiB and 100 bytes: two blocks, the tail below a page left out."""
@@ -126,6 +140,17 @@ class TestDisk:
         assert pieces == [(0, MIB), (MIB, MIB)]
         assert reader.rate(MIB, 2, 2 * MIB) > 0
         assert reader.rate(None, 1, seconds=0.01) > 0
+        reader.close()
+
+    def test_reads_go_through_all_of_the_memory(self, direct_folder: Path) -> None:
+        """Eight pages of a file over and over into eight pages of memory: all of them arrive, and nothing grows."""
+        pages = {bytes([i]) * 4096 for i in range(8)}
+        (direct_folder / "x").write_bytes(b"".join(pages))
+        reader = RawReader.open([direct_folder / "x"], memory_bytes=8 * 4096)
+        for threads in (4, 1):
+            reader.rate(4096, threads, 64 * 4096)
+            assert len(reader._memory) == 8 * 4096
+        assert {bytes(reader._memory[i : i + 4096]) for i in range(0, 8 * 4096, 4096)} == pages
         reader.close()
 
     def test_every_setting_is_measured(self, direct_folder: Path) -> None:

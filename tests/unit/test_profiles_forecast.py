@@ -77,16 +77,40 @@ def test_tokens_of_a_trace_are_averaged_layer_by_layer() -> None:
 
 
 def test_overheads_add_up() -> None:
-    seconds = {"token_s": 0.007, "block_s": 0.0005, "routing_s": 0.0003, "expert_s": 0.0002, "miss_s": 0.0004}
+    seconds = {"token_s": 0.007, "block_s": 0.0005, "routing_s": 0.0003, "expert_s": 0.0002}
     overheads = Overheads(**{name: Figure(value, "assumed", "a test") for name, value in seconds.items()})
-    share, loss = Figure(0.8, "assumed", "a test"), Figure(0.25, "assumed", "a test")
-    more = {"overheads": overheads, "streaming": (Streaming(5_000_000, share, loss),)}
-    found = point(dataclasses.replace(SIZES, blocks=20), device(1e9, **more), np.ones((1, 10)))
-    # Two blocks per layer with experts. Read 10 / 0.8 = 12.5 ms; beside it shared 2.2 and one hit 1.2, a quarter of
-    # which is not hidden; then the missed expert, 1.2, and what a layer that misses costs once, 0.4.
-    layer = 3 + 2 * 0.5 + 0.3 + 12.5 + 0.25 * 3.4 + 1.2 + 0.4
-    assert found.tpot_ms == pytest.approx(10 + 7 + 10 * layer)
-    assert found.drive_ms == pytest.approx(10 * (12.5 - 3.4))
+    found = point(dataclasses.replace(SIZES, blocks=20), device(1e9, overheads=overheads), np.ones((1, 10)))
+    # Two blocks per layer with experts. Read 10 ms; beside it shared 2.2 and one hit 1.2; then the missed expert, 1.2.
+    assert found.tpot_ms == pytest.approx(10 + 7 + 10 * (3 + 2 * 0.5 + 0.3 + 10 + 1.2))
+    assert found.drive_ms == pytest.approx(10 * (10 - 3.4))
+
+
+def handling(share: float, reading_s: float, miss_s: float, blob_bytes: int = 10_000_000) -> Streaming:
+    return Streaming(blob_bytes, *(Figure(value, "assumed", "a test") for value in (share, reading_s, miss_s)))
+
+
+def test_handling_of_reads_counts_where_the_drive_is_not_waited_for() -> None:
+    streaming = (handling(0.8, 0.0008, 0.0002),)
+    hidden = point(SIZES, device(1e9, streaming=streaming), np.ones((1, 10)))
+    assert hidden.tpot_ms == pytest.approx(10 + 10 * (3 + 10 / 0.8 + 1))  # beside: 2 + 1 + 0.8 + 0.2, within 12.5
+    seen = point(SIZES, device(20e9, streaming=streaming), np.full((1, 10), 2.0))
+    assert seen.tpot_ms == pytest.approx(10 + 10 * (3 + 2 + 2 + 0.8 + 2 * 0.2))  # reads of 1.25 ms beside 3 and more
+    none = point(SIZES, device(20e9, streaming=streaming), np.zeros((1, 10)))
+    assert none.tpot_ms == pytest.approx(10 + 10 * (3 + 2 + 2))
+    half = point(SIZES, device(20e9, streaming=streaming), np.full((1, 10), 0.5))  # every other layer misses one
+    assert half.tpot_ms == pytest.approx(10 + 10 * (3 + 2 + 2 + 0.4 + 0.1))
+
+
+def test_handling_between_the_measured_sizes() -> None:
+    """By the logarithm of the size: 10 MB lie half way from 5 to 20 MB; beyond them it is the nearest one's."""
+    streaming = (handling(0.6, 0.002, 0.0004, 5_000_000), handling(0.8, 0.004, 0.0002, 20_000_000))
+    costs = device_costs(SIZES, device(1e9, streaming=streaming))
+    assert (costs.reading_s, costs.miss_s) == pytest.approx((0.003, 0.0003))
+    assert costs.read_s(np.array([1.0])) == pytest.approx([0.01 / 0.7])
+    costs = device_costs(dataclasses.replace(SIZES, blob_bytes=1_000_000), device(1e9, streaming=streaming))
+    assert (costs.reading_s, costs.miss_s) == (0.002, 0.0004)
+    bare = device_costs(SIZES, device(1e9))
+    assert (bare.reading_s, bare.miss_s) == (0, 0)  # nobody has measured it: a floor
 
 
 def test_read_rates_between_the_measured_points() -> None:
