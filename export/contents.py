@@ -20,7 +20,7 @@ from export.families.base import Rows
 from export.headers import ITEM_BYTES, TensorInfo
 from runtime.errors import CheckpointError
 
-_BLOCK_VALUES = 1 << 20  # one read and conversion
+_BLOCK_VALUES = 1 << 19  # one read and conversion: what is read is in the processor's cache when it is converted
 
 
 class Content(Protocol):

@@ -25,7 +25,8 @@ from runtime.errors import CheckpointError, UsageError
 from runtime.layout import MANIFEST, padded
 from runtime.manifest import FileEntry
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20  # one write
+PIECE_BYTES = 1 << 20  # made and hashed while it is in the processor's cache
 _SPARE_BYTES = 16 << 20  # directories, journal, manifest
 
 
@@ -182,8 +183,10 @@ class BundleWriter:
                 if self._stop.is_set():
                     raise _StoppedError
                 size = min(CHUNK_BYTES, file.bytes - start)
-                file.content.fill(start, buffer[:size])
-                hashes.update(buffer[:size])
+                for piece in range(0, size, PIECE_BYTES):
+                    part = buffer[piece : min(piece + PIECE_BYTES, size)]
+                    file.content.fill(start + piece, part)
+                    hashes.update(part)
                 write_whole(fs, descriptor, buffer[: padded(size)])
             if file.bytes % CHUNK_BYTES != padded(file.bytes % CHUNK_BYTES):
                 fs.truncate(descriptor, file.bytes)  # O_DIRECT writes whole pages only
