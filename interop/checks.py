@@ -110,14 +110,20 @@ def lm_eval(bench: Bench) -> Result:
         "versions": {"lm_eval": found.pop("lm_eval")},
         "questions": len(rows),
         **found,
-        "complaints": same_accuracy(found),
+        "complaints": same_scores(found),
     }
 
 
-def same_accuracy(found: dict[str, float]) -> list[str]:
-    """Our adapter's accuracy against that of the harness's own, for each router."""
-    pairs = {name: (found[f"engine_{name}"], found[f"transformers_{name}"]) for name in ("stock", "tuned")}
-    return [f"{name} router: {a} right on our engine, {b} on transformers" for name, (a, b) in pairs.items() if a != b]
+def same_scores(found: dict[str, float]) -> list[str]:
+    """Our adapter's accuracy and log-likelihoods against those of the harness's own, for each router."""
+    said = []
+    for name in ("stock", "tuned"):
+        ours, theirs, gap = (found[f"{what}_{name}"] for what in ("engine", "transformers", "largest_gap"))
+        if ours != theirs:
+            said.append(f"{name} router: {ours} right on our engine, {theirs} on transformers")
+        if not gap <= FP32.score:
+            said.append(f"{name} router: log-likelihoods {gap:.2g} apart, allowed {FP32.score}")
+    return said
 
 
 def gates_in_gguf(file: Path, router: Path, config: ModelConfig) -> list[int]:

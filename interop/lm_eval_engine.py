@@ -1,6 +1,7 @@
 """A task of lm-evaluation-harness on our engine and on transformers: `python -m interop.lm_eval_engine JOB OUT`
 
-The task is made from held-out chapters: a verse's beginning, and four endings of which three are other verses'.
+The task is made from held-out chapters: a verse, and four endings of which three are other verses'. Beside accuracies,
+log-likelihoods of the same requests are compared, which are harder to get right by accident.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 TASK = "verse_endings"
-_CHOICES = 4
+_ROWS = "rows.jsonl"
+_CHOICES, _WORDS = 4, 3
+_COMPARED = 10  # questions
 _YAML = """
 task: {name}
 dataset_path: json
@@ -26,13 +29,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def questions(chapters: list[str], limit: int) -> list[dict[str, Any]]:
-    """Verses cut in two, each with its own ending and the next verses'; the place of the right one moves."""
+    """Verses without their last three words, which are to be found among the next verses'; their place moves."""
     verses = [line.split() for chapter in chapters for line in chapter.splitlines()]
-    halves = [
-        (" ".join(words[: len(words) // 2]), " " + " ".join(words[len(words) // 2 :]))
-        for words in verses
-        if len(words) > 7
-    ]
+    halves = [(" ".join(words[:-_WORDS]), " " + " ".join(words[-_WORDS:])) for words in verses if len(words) > 7]
     rows = []
     for number, (begin, _) in enumerate(halves[:limit]):
         endings = [halves[(number + step) % len(halves)][1] for step in range(_CHOICES)]
@@ -44,7 +43,7 @@ def questions(chapters: list[str], limit: int) -> list[dict[str, Any]]:
 def write_task(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The task's two files."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "rows.jsonl"
+    data = folder / _ROWS
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / f"{TASK}.yaml").write_text(_YAML.format(name=TASK, rows=data.resolve()), encoding="utf-8")
 
@@ -55,7 +54,7 @@ def evaluate(job: dict[str, str]) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from remoe.harness import run_tasks
+    from remoe.harness import make_model, run_tasks
     from runtime.engine import Engine, EngineOptions
 
     folder = Path(job["tasks"])
@@ -65,10 +64,25 @@ def evaluate(job: dict[str, str]) -> dict[str, Any]:
         for name, router in (("stock", "base"), ("tuned", job["router"])):
             engine.use_router(router, None)
             found[f"engine_{name}"] = run_tasks(engine, [TASK], folder=folder)[TASK]["acc"]
-            model = HFLM(pretrained=job[name], dtype="float32", device="cpu", batch_size=8)
-            done = lm_eval.simple_evaluate(model=model, tasks=[TASK], task_manager=manager, bootstrap_iters=0)
+            theirs = HFLM(pretrained=job[name], dtype="float32", device="cpu", batch_size=8)
+            done = lm_eval.simple_evaluate(model=theirs, tasks=[TASK], task_manager=manager, bootstrap_iters=0)
             found[f"transformers_{name}"] = done["results"][TASK]["acc,none"]
+            found[f"largest_gap_{name}"] = largest_gap(make_model(engine), theirs, folder)
     return found
+
+
+def largest_gap(ours: Any, theirs: Any, folder: Path) -> float:
+    """Of log-likelihoods, in nats, over the choices of the first questions."""
+    from lm_eval.api.instance import Instance
+
+    rows = [json.loads(line) for line in (folder / _ROWS).read_text(encoding="utf-8").splitlines()[:_COMPARED]]
+    requests = [
+        Instance(request_type="loglikelihood", doc=row, arguments=(row["question"], choice), idx=number)
+        for row in rows
+        for number, choice in enumerate(row["choices"])
+    ]
+    pairs = zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True)
+    return max(abs(a[0] - b[0]) for a, b in pairs)
 
 
 if __name__ == "__main__":

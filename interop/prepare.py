@@ -18,9 +18,13 @@ from runtime.config import ModelConfig
 
 TEXTS, TEXT_TOKENS = 4, 256
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 16, 48
-# Hard enough that four of ten choices change: an engine that still used the stock router could not be overlooked.
-TUNING = ("--steps", "8", "--lr", "3e-3", "--lr-warmup", "1", "--locality-warmup", "1", "--sequence-length", "256",
-          "--batch", "4", "--eval-sequences", "0", "--device", "cpu", "--force")  # fmt: skip
+# Hard enough that more than a third of the choices change: an engine that still used the stock router could not be
+# overlooked. Strengths are written out, so that other defaults do not change what is compared.
+TUNING = (
+    "--reuse", "1", "--smooth", "0.05", "--lag", "0.05", "--window", "0.05", "--trust", "0.5", "--steps", "8",
+    "--lr", "3e-3", "--lr-warmup", "1", "--locality-warmup", "1", "--sequence-length", "256", "--batch", "4",
+    "--eval-sequences", "0", "--device", "cpu", "--force",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

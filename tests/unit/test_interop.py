@@ -17,7 +17,7 @@ from export.checkpoint import Checkpoint
 from export.families import read_model
 from interop import environments, llama_engine
 from interop.__main__ import outcome, summary
-from interop.checks import gates_in_gguf, same_accuracy
+from interop.checks import gates_in_gguf, same_scores
 from interop.compare import FP32, NARROW, Limits, agree, complaints
 from interop.environments import Installer, Kind, NotRunError, last_words
 from interop.lm_eval_engine import questions
@@ -192,18 +192,20 @@ def test_gates_of_a_gguf_file_are_compared_bit_for_bit(tmp_path: Path) -> None:
 def test_questions_have_their_own_ending_at_a_moving_place() -> None:
     verses = [" ".join(f"{name}{i}" for i in range(8)) for name in "abcdef"]
     rows = questions(["\n".join([*verses, "too short"])], 5)
-    assert [row["question"] for row in rows] == [" ".join(f"{name}{i}" for i in range(4)) for name in "abcde"]
+    assert [row["question"] for row in rows] == [" ".join(f"{name}{i}" for i in range(5)) for name in "abcde"]
     assert [row["answer"] for row in rows] == [0, 1, 2, 3, 0]
     for name, row in zip("abcde", rows, strict=True):
-        assert row["choices"][row["answer"]] == " " + " ".join(f"{name}{i}" for i in range(4, 8))
+        assert row["choices"][row["answer"]] == f" {name}5 {name}6 {name}7"
         assert len(set(row["choices"])) == 4
 
 
-def test_accuracies_must_be_equal() -> None:
-    same = {"engine_stock": 0.5, "transformers_stock": 0.5, "engine_tuned": 0.25, "transformers_tuned": 0.25}
-    assert same_accuracy(same) == []
-    assert same_accuracy({**same, "engine_tuned": 0.5}) == [
-        "tuned router: 0.5 right on our engine, 0.25 on transformers"
+def test_accuracies_and_likelihoods_must_be_equal() -> None:
+    names = ("engine_stock", "transformers_stock", "engine_tuned", "transformers_tuned")
+    same = {**dict.fromkeys(names, 0.5), "largest_gap_stock": 1e-5, "largest_gap_tuned": 1e-5}
+    assert same_scores(same) == []
+    assert same_scores({**same, "engine_tuned": 0.25, "largest_gap_stock": float("nan")}) == [
+        "stock router: log-likelihoods nan apart, allowed 0.001",
+        "tuned router: 0.25 right on our engine, 0.5 on transformers",
     ]
 
 
