@@ -1,8 +1,8 @@
 """Compiled kernels, built where a C compiler is found: fp16 matrix times a few fp32 vectors (products.c) and the dense
-block of one token (block.c), which is what decoding on a CPU consists of, and bf16 to fp16 (convert.c), which is what
-exporting does.
+block of one token (block.c), which is what decoding on a CPU consists of, bf16 to fp16 (convert.c), which is what
+exporting does, and reading experts (reader.c), which must not wait for Python.
 
-Without them torch computes the same, slower; the engine says which it is.
+Without them torch computes and Python reads the same, slower; the engine says which it is.
 """
 
 from __future__ import annotations

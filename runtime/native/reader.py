@@ -10,12 +10,14 @@ import errno
 import itertools
 import os
 import queue
+import threading
 import time
 import weakref
 
 import numpy as np
 
 from runtime import native
+from runtime.errors import ReadError
 from runtime.layout import expert_identity
 from runtime.reading import DIFFERS, Load, failed
 from runtime.storage import ExpertStorage, Storage
@@ -24,6 +26,8 @@ _BLOCK_BYTES = 1024  # of XXH3; the checksum in reader.c is for whole ones
 _WAIT_NS = 200_000_000  # in C at a time: Ctrl-C is seen between two
 _READ = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 _ERROR, _ENDED, _STALLED, _DIFFERS = 1, 2, 3, 4
+_NOTHING = -1  # no load's number
+_CLOSED = "the engine was closed: open the bundle again"
 _UNCLOSED_S = 5.0  # for reads that end when nobody has closed the reader
 _kept: list[object] = []  # what a read that hangs may still write to: never freed
 
@@ -73,49 +77,68 @@ class CompiledReader:
         self._reader = ctypes.c_void_p(handle)
         self._loads: dict[int, Load] = {}  # those on their way: their slots stay while they are written to
         self._ids = itertools.count()
-        self._result = _Result()
+        self._closing = False
+        self._turn = threading.RLock()  # nobody may be inside the library when `close` frees the reader
+        self._result = _Result(_NOTHING)  # not handed over yet
         self._counts = (ctypes.c_int64 * 2)()
         self._memory: list[object] = [self._loads, callback]
         self._unclosed = weakref.finalize(self, _stop, library, self._reader, self._memory, _UNCLOSED_S)
 
     def start(self, load: Load) -> None:
-        """See Reader.start. Raises MemoryError."""
+        """See Reader.start. Raises ReadError after `close` and without memory."""
         key, number = (load.layer, load.expert), next(self._ids)
         target = ctypes.addressof(ctypes.c_char.from_buffer(load.view))
-        self._loads[number] = load
         seed, checksum = expert_identity(*key), self._checksums[key]
-        if self._library.edge_reader_submit(self._reader, number, self._files[key], seed, checksum, target):
-            raise MemoryError(f"no memory to read {self._storage.name(*key)}")
+        with self._turn:
+            if self._closing:
+                raise ReadError(f"{self._storage.name(*key)}: {_CLOSED}")
+            self._loads[number] = load
+            if self._library.edge_reader_submit(self._reader, number, self._files[key], seed, checksum, target):
+                del self._loads[number]
+                raise ReadError(f"{self._storage.name(*key)}: no memory is left to read it: close other programs")
 
     def next(self, done: queue.SimpleQueue[Load], timeout_s: float) -> Load | None:
         """See Reader.next."""
         until = time.monotonic_ns() + int(timeout_s * 1e9)
         while done.empty():
             left = until - time.monotonic_ns()
-            if left <= 0:
-                return None
-            if self._library.edge_reader_wait(self._reader, min(left, _WAIT_NS), ctypes.byref(self._result)):
-                self._end(self._result)
+            with self._turn:
+                if left <= 0 or self._closing:
+                    return None
+                if self._result.id == _NOTHING:
+                    self._library.edge_reader_wait(self._reader, min(left, _WAIT_NS), ctypes.byref(self._result))
+                self._deliver(self._result)
         return done.get()
 
     def counts(self) -> tuple[int, int]:
         """See Reader.counts."""
-        if self._unclosed.alive:
-            self._library.edge_reader_counts(self._reader, self._counts)
-        return self._counts[0], self._counts[1]
+        with self._turn:
+            if self._unclosed.alive:
+                self._library.edge_reader_counts(self._reader, self._counts)
+            return self._counts[0], self._counts[1]
 
     def close(self, timeout_s: float) -> bool:
         """See Reader.close; slots that a read still hangs on are kept for good."""
-        self.counts()  # the last ones
-        first = self._unclosed.detach() is not None
-        return not first or _stop(self._library, self._reader, self._memory, timeout_s)
+        self._closing = True  # before the turn: a thread that waits leaves
+        with self._turn:
+            self.counts()  # the last ones
+            first = self._unclosed.detach() is not None
+            return not first or _stop(self._library, self._reader, self._memory, timeout_s)
 
-    def _end(self, result: _Result) -> None:
-        load = self._loads.pop(result.id)
-        load.started_ns, load.finished_ns = result.started_ns, result.finished_ns
-        if result.problem:
-            load.error = failed(self._storage.name(load.layer, load.expert), _problem(result))
-        load.done.put(load)
+    def _deliver(self, result: _Result) -> None:
+        """Hand over what has ended, if anything has.
+
+        Ctrl-C may come out of any call, that of the library above all: the result stays until it is handed over, and
+        between the last two statements that do so nothing is called.
+        """
+        load = self._loads.get(result.id)
+        if load is not None:
+            load.started_ns, load.finished_ns = result.started_ns, result.finished_ns
+            if result.problem:
+                load.error = failed(self._storage.name(load.layer, load.expert), _problem(result))
+            del self._loads[result.id]
+            load.done.put(load)
+        result.id = _NOTHING
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

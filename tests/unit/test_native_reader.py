@@ -184,6 +184,31 @@ def test_closing_waits_for_a_read_that_ends() -> None:
     assert compiled.close(0.0), "the second close has nothing to wait for"
 
 
+def test_nothing_is_read_after_close() -> None:
+    storage = MemoryStorage(1, 2, 8192)
+    compiled, slot = start_reading(storage)
+    done: queue.SimpleQueue[Load] = queue.SimpleQueue()
+    assert compiled.close(30.0)
+    with pytest.raises(ReadError, match="expert_001.fp16: the engine was closed"):
+        compiled.start(Load(0, 1, memoryview(slot), done, 0))
+    assert compiled.next(done, 30.0) is None
+    assert compiled.counts()[1] == 0
+
+
+def test_closing_while_another_thread_waits() -> None:
+    """The waiting thread is let out of the library before the reader is freed."""
+    storage = HangingStorage()
+    compiled, _ = start_reading(storage)
+    answers: list[object] = []
+    waiter = threading.Thread(target=lambda: answers.append(compiled.next(queue.SimpleQueue(), 30.0)))
+    waiter.start()
+    storage.reading.wait()
+    threading.Timer(0.05, storage.go.set).start()
+    assert compiled.close(30.0)
+    waiter.join()
+    assert answers == [None]
+
+
 def test_a_slot_is_kept_while_a_read_hangs_on_it() -> None:
     """Whoever forgets the slot, its memory must not be given to anybody else; after a read that ended it may."""
     for hangs in (True, False):
@@ -210,7 +235,9 @@ def test_a_reader_that_nobody_closed_ends_with_its_last_reference() -> None:
     slot[:] = 7
 
 
-def test_an_interrupt_is_seen_while_waiting() -> None:
+@pytest.mark.parametrize("lands", ["before the interrupt is seen", "later"])
+def test_an_interrupt_while_waiting_loses_no_blob(lands: str) -> None:
+    """The blob lands while the interrupted thread is still in the library, or after the exception."""
     storage = HangingStorage()
     loader = Loader(storage, storage.checksums(), 8192, 1, compiled=True)
     done: queue.SimpleQueue[Load] = queue.SimpleQueue()
@@ -220,8 +247,10 @@ def test_an_interrupt_is_seen_while_waiting() -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
+        if lands != "later":
+            threading.Timer(0.06, storage.go.set).start()
+        signal.setitimer(signal.ITIMER_REAL, 0.03)
         with pytest.raises(KeyboardInterrupt):  # not ReadError, which comes after the deadline of a minute
             loader.wait(done)
     finally:
