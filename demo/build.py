@@ -71,8 +71,8 @@ def _large(copies: int, sha256: str, size_bytes: int) -> Model:
 MODELS = {
     "trained": Model(
         Packed.load,
-        "69533ebd4c3627c593f8953b484210c334fac8318146df2117414cdac4cf069b",
-        376785096,
+        "53748ddcc1d505df5bbf9ef1c96d980bd37f32f279aa031f669120d2353472a5",
+        429869424,
         _CARD + _TRAINED_CARD,
     ),
     "large-4": _large(4, "265c60555c0208bd1b05a9859035a2d522611b375da7108b53df7df0f31b66fc", 757_605_184),

@@ -40,11 +40,13 @@ def draw(log: Path, path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
     before = 0
-    for number, leg in enumerate(legs(log), 1):
+    drawn = legs(log)
+    for number, leg in enumerate(drawn, 1):
         axis.plot(*points(leg, before), "o-", markersize=3, label=f"leg {number}")
         before += leg[-1]["tokens"]
     axis.set(xlabel="thousand tokens", ylabel="KL to the dense model, nats", ylim=(0, None))
-    axis.legend()
+    if len(drawn) > 1:
+        axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
