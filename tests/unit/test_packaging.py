@@ -32,3 +32,10 @@ def test_the_reference_is_one_release_that_python_can_have(python: str) -> None:
     (reference,) = named("transformers", python)
     assert reference.specifier.contains("5.20.2") == (python == "3.10")
     assert reference.specifier.contains("5.23.0") == (python != "3.10")
+
+
+def test_no_extra_wants_the_package_itself() -> None:
+    """`make test` ended with pip 22.0.2 (Ubuntu 22.04) in an AssertionError of its ordering."""
+    extras = PROJECT["optional-dependencies"]
+    assert not [line for lines in extras.values() for line in lines if Requirement(line).name == PROJECT["name"]]
+    assert set(extras["rtx"]) <= set(extras["test"])
