@@ -70,8 +70,7 @@ def make_plain(source: Path, target: Path) -> None:
     """A Qwen2-MoE checkpoint as llama.cpp can represent it, like the published ones: same weights, same gates.
 
     llama.cpp's qwen2moe never divides the weights of the chosen experts by their sum, whatever `norm_topk_prob` says,
-    and has no tied head. Both are taken as they are for Qwen1.5-MoE and Qwen2-57B-A14B, where neither matters. Gates
-    are the same, so a router file fits both.
+    and has no tied head. Neither matters for Qwen1.5-MoE-A2.7B. Gates are the same, so a router file fits both.
     """
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
