@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run_layers(args: argparse.Namespace, options: TuneOptions) -> int:
     """Tune layer by layer, measure on the same inputs, write. Raises UsageError."""
-    from edge.tune import finish, open_log, save
+    from edge.tune import finish, open_log, save, state_path
     from remoe.layerwise import inputs_of, measure_layers, tune_layers
     from remoe.trace import Trace
     from runtime.router_file import gates_sha256
@@ -45,7 +45,8 @@ def run_layers(args: argparse.Namespace, options: TuneOptions) -> int:
             view.show(numbers)
             log.write(numbers)
 
-        tuned = tune_layers(inputs, stock, options, min(args.sequence_length, inputs.tokens), on_step)
+        window = min(args.sequence_length, inputs.tokens)
+        tuned = tune_layers(inputs, stock, options, window, on_step, state_path(args.out))
     seconds = round(time.perf_counter() - began, 1)
     after = measure_layers(inputs, tuned.tensors, stock, slots)
     data = {"sha256": inputs.sha256, "files": [p.name for p in args.from_trace], "tokens": inputs.tokens}
@@ -81,8 +82,7 @@ def _refuse_model_options(args: argparse.Namespace) -> None:
         "--data": args.data,
         "--start": args.start,
         "--eval-data": args.eval_data,
-        "--resume": args.resume,
     }
     odd = [name for name, value in given.items() if value]
     if odd:
-        raise UsageError(f"{odd[0]} has no meaning with --from-trace, which tunes without the model and in one go")
+        raise UsageError(f"{odd[0]} has no meaning with --from-trace, which tunes without the model")

@@ -98,7 +98,7 @@ def tune(
     if state is not None and state.exists():
         first = load_state(state, gates.parameters(), run.optimizer, identity) + 1
     history = []
-    with gates.installed(), _train_mode(model, options), _stop_signals() as stop:
+    with gates.installed(), _train_mode(model, options), stop_signals() as stop:
         for step in range(first, options.steps + 1):
             numbers = run.step(step)
             history.append(numbers)
@@ -240,7 +240,7 @@ def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM set, so that a step is finished first; the second one acts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

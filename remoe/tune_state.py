@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from runtime.errors import EdgeError, UsageError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_DONE = "done."
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,19 @@ class Identity:
     processes: int
 
 
-def save_state(path: Path, step: int, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity) -> None:
-    """Write the state after `step`. Raises EdgeError when the disk fails."""
-    tensors: dict[str, Tensor] = {}
+def save_state(
+    path: Path,
+    step: int,
+    gates: list[torch.nn.Parameter],
+    optimizer: Any,
+    identity: Identity,
+    done: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the state after `step`. `done` are tensors that are finished and have no optimizer any more, by name.
+
+    Raises EdgeError when the disk fails.
+    """
+    tensors: dict[str, Tensor] = {f"{_DONE}{name}": tensor for name, tensor in (done or {}).items()}
     for number, gate in enumerate(gates):
         tensors[f"{number}.weight"] = gate.detach()
         for moment in _MOMENTS:
@@ -51,8 +63,8 @@ def save_state(path: Path, step: int, gates: list[torch.nn.Parameter], optimizer
         raise EdgeError(f"{path}: the state of the run cannot be written: {error.strerror}") from error
 
 
-def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity) -> int:
-    """Put gates and optimizer into the state and return its step.
+def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity, began: int = 0) -> int:
+    """Put gates and optimizer into the state and return its step. `began`: the steps before this optimizer's first.
 
     Raises UsageError when it is of another run, naming what differs.
     """
@@ -66,7 +78,7 @@ def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, iden
             with torch.no_grad():
                 gate.copy_(tensors[f"{number}.weight"])
             moments = {m: tensors[f"{number}.{m}"].to(gate.device) for m in _MOMENTS}
-            optimizer.state[gate] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.state[gate] = {"step": torch.tensor(float(step - began)), **moments}
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
     return step
@@ -78,6 +90,16 @@ def step_of_state(path: Path) -> int:
         with safe_open(path, "pt") as file:
             return int(json.loads(file.metadata()["state"])["step"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
+
+
+def done_of_state(path: Path) -> dict[str, Tensor]:
+    """The finished tensors of an unfinished run, by name. Raises UsageError when the file is none of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(_DONE)]  # noqa: SIM118, no dict
+            return {name.removeprefix(_DONE): file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
         raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
 
 

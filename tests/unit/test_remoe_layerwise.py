@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from export.source import read_config
 from remoe.layerwise import inputs_of, measure_layers, tune_layers
 from remoe.objective import Objective
 from remoe.trace import Trace
+from remoe.tune import Numbers
 from remoe.tune_log import TuneLog, read_log
 from remoe.tune_options import TuneOptions
 from runtime.config import ModelConfig
-from runtime.errors import UsageError
+from runtime.errors import EdgeError, UsageError
 from runtime.layout import BASE_ROUTER, router_tensors
 from runtime.router_file import gates_sha256, load_router
 from tests.checkpoints import make_checkpoint
@@ -65,6 +68,62 @@ def test_layers_learn_locality_from_the_trace_alone(folder: Path) -> None:
     assert before["changed"] == 0.0 < after["changed"]
     again = tune_layers(inputs, stock, options, 64)
     assert all(torch.equal(again.tensors[name], tuned.tensors[name]) for name in stock)
+
+
+@pytest.mark.parametrize("at", [2, 4, 5, 7])
+def test_interrupted_layers_go_on_bit_for_bit(at: int, folder: Path, tmp_path: Path) -> None:
+    """Two layers of four steps: within the first, at its end, at the beginning of the second, before its end."""
+    stock, _ = load_router(folder / "bundle" / BASE_ROUTER, router_tensors(config_of(folder)))
+    inputs = inputs_of([Trace.load(folder / "t.trace.safetensors")], gates_sha256(stock), ["t"])
+    options = TuneOptions(LOCAL, steps=4, batch=2, lr=1e-2, lr_warmup_steps=2)
+    whole = tune_layers(inputs, stock, options, 64)
+
+    def interrupt(numbers: Numbers) -> None:
+        if numbers["step"] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_layers(inputs, stock, options, 64, interrupt, tmp_path / "s")
+    resumed = tune_layers(inputs, stock, options, 64, state=tmp_path / "s")
+    assert [n["step"] for n in resumed.history] == list(range(at + 1, 9))
+    assert [n["loss"] for n in resumed.history] == [n["loss"] for n in whole.history[at:]]
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_killed_layers_go_on_from_their_last_state(folder: Path, tmp_path: Path) -> None:
+    stock, _ = load_router(folder / "bundle" / BASE_ROUTER, router_tensors(config_of(folder)))
+    inputs = inputs_of([Trace.load(folder / "t.trace.safetensors")], gates_sha256(stock), ["t"])
+    options = TuneOptions(LOCAL, steps=4, batch=2, lr=1e-2, lr_warmup_steps=0, save_every=3)
+
+    class Killed(Exception):
+        pass
+
+    def kill(numbers: Numbers) -> None:
+        if numbers["step"] == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tune_layers(inputs, stock, options, 64, kill, tmp_path / "s")
+    for other, found in ((dataclasses.replace(options, lr=1e-3), "options"), (options, "data")):
+        with pytest.raises(UsageError, match=f"had other {found}"):
+            tune_layers(inputs, stock, other, 64 if found == "options" else 32, state=tmp_path / "s")
+    resumed = tune_layers(inputs, stock, options, 64, state=tmp_path / "s")
+    assert [n["step"] for n in resumed.history] == [7, 8]
+    whole = tune_layers(inputs, stock, options, 64)
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+    (tmp_path / "s").write_bytes(b"nonsense" * 10)
+    with pytest.raises(UsageError, match="not the state of a tuning run"):
+        tune_layers(inputs, stock, options, 64, state=tmp_path / "s")
+
+
+def test_layers_whose_loss_is_no_number_stop(folder: Path) -> None:
+    stock, _ = load_router(folder / "bundle" / BASE_ROUTER, router_tensors(config_of(folder)))
+    inputs = inputs_of([Trace.load(folder / "t.trace.safetensors")], gates_sha256(stock), ["t"])
+    inputs = dataclasses.replace(inputs, hidden=[h * np.float16("nan") for h in inputs.hidden])
+    options = TuneOptions(LOCAL, steps=4, batch=2, lr=1e-2, lr_warmup_steps=0)
+    with pytest.raises(EdgeError, match="step 1: the loss is nan: lower the learning rate"):
+        tune_layers(inputs, stock, options, 64)
 
 
 def test_the_measure_is_the_traces_own_routing(folder: Path) -> None:
@@ -201,6 +260,32 @@ def test_wrong_tokenizers_and_unwanted_checkpoints_are_refused(
     (pickled / "pytorch_model.bin").write_bytes(b"x")
     assert main(["tune", str(pickled), *words[2:]]) == 2
     assert "only pickled weights" in capsys.readouterr().err
+
+
+def test_interrupted_layers_from_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    words = ["tune", "--from-trace", str(folder / "t.trace.safetensors"), "--router", str(folder / "bundle"),
+             "--steps", "3", "--lr", "1e-2", "--lr-warmup", "0"]  # fmt: skip
+    assert main([*words, "--out", str(whole)]) == 0
+    write = TuneLog.write
+
+    def interrupt(self: TuneLog, numbers: dict[str, Any]) -> None:
+        write(self, numbers)
+        if numbers.get("step") == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TuneLog, "write", interrupt)
+        assert main([*words, "--out", str(cut)]) == 130
+    assert main([*words, "--out", str(cut)]) == 2
+    assert "add --resume to go on with it" in capsys.readouterr().err
+    assert main([*words, "--out", str(cut), "--resume"]) == 0
+    first, second = (load_file(path) for path in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [n["step"] for n in read_log(tmp_path / "cut.jsonl") if "step" in n] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "cut.safetensors.state").exists()
 
 
 def test_an_interrupted_command_goes_on_and_says_so_before(
