@@ -85,7 +85,7 @@ def add_prior_arguments(group: argparse._ArgumentGroup) -> None:
     add("--prior-top-j", metavar="J", type=int,
         help=default("prior_top_j", "cache-prior: so many of the true best get the bonus, too"))  # fmt: skip
     add("--prior-scaling", choices=get_args(Scaling),
-        help=default("prior_scaling", "cache-prior: the spread is a running mean, or this token's"))  # fmt: skip
+        help=default("prior_scaling", "cache-prior: mean or token: spread of logits; energy: weights"))  # fmt: skip
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
