@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="cache-prior: judge each router with that rule, too (default: stock)")  # fmt: skip
     run.add_argument("--prior-strength", metavar="X", type=float, nargs="+", help="strengths to judge (default: 0.1)")
     run.add_argument("--prior-top-j", metavar="J", type=int, help="so many of the true best get the bonus, too")
-    run.add_argument("--prior-scaling", choices=get_args(Scaling), help="mean or token: spread of logits; energy: weights")
+    run.add_argument("--prior-scaling", choices=get_args(Scaling), help="by spread of logits, or energy")
     group = parser.add_argument_group("what is judged")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", type=Path, nargs="+", help=".txt, or .jsonl with one text per line")
