@@ -90,7 +90,9 @@ def _guarded(words: list[str], termination: Termination) -> int:
     """Run the command; whatever it raises becomes one message and an exit code."""
     debug = "--debug" in words
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # argparse ends after --help: a reader that went away would be met only at exit
+        return code
     except KeyboardInterrupt:
         console.error("terminated" if termination.received else "interrupted")
         return INTERRUPTED

@@ -35,7 +35,7 @@ def test_the_reference_is_one_release_that_python_can_have(python: str) -> None:
 
 
 def test_no_extra_wants_the_package_itself() -> None:
-    """`make test` ended with pip 22.0.2 (Ubuntu 22.04) in an AssertionError of its ordering."""
+    """`make test` ended with pip 22.0.2 (Ubuntu 22.04) in an AssertionError of its ordering, likely over this."""
     extras = PROJECT["optional-dependencies"]
     assert not [line for lines in extras.values() for line in lines if Requirement(line).name == PROJECT["name"]]
     assert set(extras["rtx"]) <= set(extras["test"])
