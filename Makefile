@@ -14,7 +14,7 @@ VENV_ARGS ?=
 # What the demo model is asked: an answer, a story, a piece of code.
 QUESTION ?= Give me three tips for learning a language.
 STORY    ?= Tell me a short story about a lighthouse keeper.
-CODE     ?= Write a Python function that adds two numbers.
+CODE     ?= Write a Python function that reverses a string.
 PYTEST_ARGS ?=
 # What `make profile` measures and how. On a board: BUNDLE=qwen.bundle PROFILE_ARGS="--protocol remoe"
 BUNDLE   ?= $(OUT)/demo.bundle
