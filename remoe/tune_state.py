@@ -6,7 +6,6 @@ One safetensors file; it appears whole or not at all, so whatever happens the la
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from runtime.errors import EdgeError, UsageError
+from runtime.errors import UsageError
+from runtime.whole_file import whole_file
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DONE = "done."
@@ -52,15 +52,8 @@ def save_state(
             tensors[f"{number}.{moment}"] = optimizer.state[gate][moment]
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     metadata = {"state": json.dumps({"step": step, **asdict(identity)})}
-    staged = path.with_name(f".{path.name}.tmp")
-    try:
-        with staged.open("wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise EdgeError(f"{path}: the state of the run cannot be written: {error.strerror}") from error
+    with whole_file(path) as file:
+        file.write(save(tensors, metadata))
 
 
 def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, identity: Identity, began: int = 0) -> int:

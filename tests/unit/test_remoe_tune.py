@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from remoe.objective import Objective
 from remoe.texts import Sequences, pack
 from remoe.tune import Numbers, Teacher, rows_of_step, tune
 from remoe.tune_options import TuneOptions
+from remoe.tune_state import step_of_state
 from runtime.config import ModelConfig
 from runtime.errors import EdgeError, UsageError
 from runtime.layout import router_tensors
@@ -203,6 +206,27 @@ def test_a_state_of_another_run_is_refused(loaded: tuple[Any, ModelConfig], data
     state.write_bytes(b"nonsense" * 10)
     with pytest.raises(UsageError, match="not the state of a tuning run"):
         run(loaded, data, options, state=state)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_one(
+    loaded: tuple[Any, ModelConfig], data: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, sync = tmp_path / "s", os.fsync
+    options = dataclasses.replace(OPTIONS, save_every=2)
+    written: list[int] = []
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            written.append(descriptor)
+            if len(written) == 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(EdgeError, match="s: cannot be written: Input/output error"):
+        run(loaded, data, options, state=state)
+    assert step_of_state(state) == 2
+    assert os.listdir(tmp_path) == ["s"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(loaded: tuple[Any, ModelConfig], data: Sequences) -> None:
