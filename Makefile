@@ -50,6 +50,8 @@ $(VENV)/.installed: pyproject.toml
 	  echo "make: needs Python 3.10 to 3.13 with its venv module, found $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "      Debian, Ubuntu: apt-get install python3-venv; or name another one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	@# 22.0.2 (Ubuntu 22.04) breaks off with an AssertionError when a package that it considered is not needed in the end.
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "pip>=22.0.3"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[onnxruntime,demo]"
 	@touch $@
 
