@@ -16,7 +16,9 @@ RESAMPLES = 10_000
 MIN_PROMPTS = 5  # fewer cannot be resampled into an interval that means anything
 _SEED = 0
 _LEVEL = (2.5, 97.5)
-_SETTINGS = ("backend", "arithmetic", "dtype", "router", "policy", "scope", "slots_per_layer", "direct_io", "threads")
+_SETTINGS = (
+    "backend", "arithmetic", "dtype", "router", "policy", "scope", "slots_per_layer", "direct_io", "reader", "threads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ class Engine:
             "slots_per_layer": resolved.slots.per_layer,
             "slots": resolved.slots.total,
             "direct_io": self._assembly.storage.direct,
+            "reader": self._assembly.loader.reader,
             "read_threads": options.read_threads,
             "threads": self._assembly.threads,
             "context": resolved.context,

@@ -60,6 +60,11 @@ class Loader:
         return self._reader.counts()[0]
 
     @property
+    def reader(self) -> str:
+        """Whose threads read: "compiled" or "python", for records."""
+        return "compiled" if isinstance(self._reader, CompiledReader) else "python"
+
+    @property
     def retries(self) -> int:
         """Blobs that were read twice."""
         return self._reader.counts()[1]

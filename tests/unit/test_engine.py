@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export.exporter import export_bundle
+from runtime import native
 from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.errors import BudgetError, BundleError, ReadError, UsageError
 from tests.checkpoints import make_checkpoint
@@ -52,6 +53,7 @@ def test_a_record_adds_up_and_is_complete(bundle: Path, tmp_path: Path) -> None:
         assert [len(ids) for ids in line["missed"]] == line["misses"]
         assert all(set(missed) <= set(ids) for missed, ids in zip(line["missed"], line["experts"], strict=True))
     assert header["cache"] == "cold"
+    assert header["reader"] == report["reader"] == ("compiled" if native.library() else "python")
     assert header["machine"]["versions"]["torch"]
     assert end["finish_reason"] == "length"
     times = sorted(line["total_ms"] for line in lines[1:])

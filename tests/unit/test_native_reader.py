@@ -79,6 +79,7 @@ def page_aligned(size: int) -> np.ndarray:
 @pytest.fixture(params=[False, True], ids=["threads", "compiled"])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
     files = Files(tmp_path, request.param, direct=True)
+    assert files.loader.reader == ("compiled" if request.param else "python")
     yield files
     files.loader.close()
     files.storage.close()
