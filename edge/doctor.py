@@ -28,6 +28,8 @@ _PROBE_S = 180  # loading CUDA for the first time takes a minute on a board
 _CURES = {
     "torch cpu": "this torch does not fit the processor: install another build, see TORCH in the Makefile",
     "torch cuda": "this torch has no kernels for this GPU: install the build for its JetPack or CUDA release",
+    "compiled": "it is slower without: install a C compiler (gcc), then this package again: pip install -e .",
+    "runtime.native": "not for this processor, so engines would end, too: build it anew here: pip install -e .",
     "onnxruntime": "reinstall it: pip uninstall onnxruntime onnxruntime-gpu; pip install 'remoe-edge[onnxruntime]'",
     "tensorrt": "make the environment with --system-site-packages: JetPack installs TensorRT for the system's Python",
 }

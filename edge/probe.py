@@ -7,8 +7,13 @@ an illegal instruction instead of an error. A list of providers, or `is_availabl
 from __future__ import annotations
 
 import json
+import os
+import queue
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]  # name, ok, found
@@ -24,6 +29,12 @@ def probe_torch() -> Iterator[Row]:
     for device in devices:
         name = "torch cpu" if device.type == "cpu" else f"torch cuda:{device.index}"
         yield _row(name, lambda device=device: _torch_kernels(torch, device))  # type: ignore[misc]
+
+
+def probe_native() -> Iterator[Row]:
+    """The compiled library of this package: a product by its kernel, and a blob by its reader."""
+    yield _row("compiled kernel", _compiled_kernel)
+    yield _row("compiled reader", _compiled_reader)
 
 
 def probe_onnxruntime() -> Iterator[Row]:
@@ -61,6 +72,53 @@ def _torch_kernels(torch: Any, device: Any) -> str:
     return f"{where}torch {torch.__version__}: fp32, fp16 and bf16 products are right"
 
 
+def _compiled_kernel() -> str:
+    import torch
+
+    from runtime import native
+
+    _check_built()
+    kernel = native.load(threads=1)
+    if kernel is None:
+        raise RuntimeError("none for this processor's instructions")
+    weight = (torch.arange(_SIZE * _SIZE).reshape(_SIZE, _SIZE).remainder(7) - 3).half()
+    if not torch.equal(kernel.linear(weight[:1].float(), weight), weight[:1].float() @ weight.float().T):
+        raise ArithmeticError("a product is wrong")  # of small whole numbers, which is exact
+    return "a product is right"
+
+
+def _compiled_reader() -> str:
+    import xxhash
+
+    from runtime.layout import expert_identity
+    from runtime.loader import Load, Loader
+    from runtime.storage import ExpertStorage
+
+    _check_built()
+    blob, key = bytes(range(256)) * _SIZE, (0, 0)
+    checksums = {key: xxhash.xxh3_64_intdigest(blob, seed=expert_identity(*key))}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "blob").write_bytes(blob)
+        directory = os.open(folder, os.O_RDONLY)
+        with closing(ExpertStorage(directory, {key: "blob"}, len(blob), direct=False)) as storage:
+            os.close(directory)
+            with closing(Loader(storage, checksums, len(blob), threads=1, compiled=True)) as loader:
+                slot, done = bytearray(len(blob)), queue.SimpleQueue[Load]()
+                loader.submit(*key, memoryview(slot), done)
+                if error := loader.wait(done).error:
+                    raise error
+    if slot != blob:
+        raise RuntimeError("what was read is not what is in the file")
+    return "a file is read right"
+
+
+def _check_built() -> None:
+    from runtime import native
+
+    if native.library() is None:
+        raise RuntimeError("built for another kind of machine" if native.library_path() else "not built")
+
+
 def _onnx_kernel(onnxruntime: Any, provider: str) -> str:
     import numpy as np
     from onnx import TensorProto, helper
@@ -86,7 +144,12 @@ def _row(name: str, work: Callable[[], str]) -> Row:
         return {"name": name, "ok": False, "found": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
-PROBES = {"torch": probe_torch, "onnxruntime": probe_onnxruntime, "tensorrt": probe_tensorrt}
+PROBES = {
+    "torch": probe_torch,
+    "runtime.native": probe_native,
+    "onnxruntime": probe_onnxruntime,
+    "tensorrt": probe_tensorrt,
+}
 
 if __name__ == "__main__":
     sys.path.extend(sys.argv[2:])

@@ -14,6 +14,7 @@ from edge import checks, disk, doctor, probe
 from edge.checks import Check
 from edge.cli import main
 from profiles.raw_reads import RawReader
+from runtime import native
 from runtime.errors import EdgeError
 
 
@@ -125,8 +126,23 @@ def test_a_drive_that_fails_to_read_is_a_failed_row(tmp_path: Path, monkeypatch:
 def test_back_ends_run_a_kernel_here() -> None:
     rows = {row.name: row for row in doctor.backend_checks()}
     assert rows["torch cpu"].status == "PASS"
+    for name in ("compiled kernel", "compiled reader"):
+        assert rows[name].status == ("PASS" if native.library() else "WARN"), rows[name]
     assert rows["onnxruntime cpu"].status == "PASS"
     assert "tensorrt" in rows
+
+
+@pytest.mark.parametrize(("path", "why"), [(None, "not built"), (Path("x.so"), "built for another kind of machine")])
+def test_a_library_that_is_not_there_is_a_warning_with_the_cure(
+    path: Path | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library_path", lambda: path)
+    rows = list(probe.probe_native())
+    assert [(row["name"], row["ok"]) for row in rows] == [("compiled kernel", False), ("compiled reader", False)]
+    assert {row["found"] for row in rows} == {f"RuntimeError: {why}"}
+    assert {doctor._severity(row["name"]) for row in rows} == {"WARN"}
+    assert all("C compiler" in doctor._cure(row["name"]) for row in rows)
 
 
 def test_a_gpu_that_torch_does_not_see_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
