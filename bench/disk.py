@@ -24,7 +24,6 @@ MIB = 1 << 20
 BLOCKS = (1 * MIB, 4 * MIB, 16 * MIB, None)  # None: a whole file at once
 THREADS = (1, 2, 4, 8)
 _WRITE_BLOCK = 8 * MIB
-_READ_MEMORY = 256 * MIB  # experts land in slots, not in a buffer that the processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def measure_reads(
 
     Raises UsageError for files that cannot be read.
     """
-    reader = RawReader.open(files, _READ_MEMORY)
+    reader = RawReader.open(files)
     settings = {f"{block} {count}": (block, count) for block in BLOCKS for count in threads}
     try:
         results = interleaved(

@@ -89,7 +89,7 @@ class Runs:
 def measure(models: Models, threads: int | None, seconds: float, tick: Tick) -> tuple[Rates, dict[str, Runs]]:
     """The drive that holds the bundles, `seconds` for every setting and turn, and decode steps of every model.
 
-    The engines are all open at once, one for each model and cache size: 0.9 GB in all.
+    The engines are all open at once, one for each model and cache size: 1.2 GB with the memory of the raw reads.
     """
     with ExitStack() as stack:
         reader = stack.enter_context(closing(RawReader.open(sorted(models.large.glob("experts/*/*")))))

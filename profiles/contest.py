@@ -16,7 +16,7 @@ from typing import Any
 
 from profiles.compare import Reduction, compare
 from profiles.floor import Disk, PartCosts, Parts, token_floor
-from profiles.raw_reads import RawReader
+from profiles.raw_reads import MEMORY_BYTES, RawReader
 from profiles.rivals import Job, Rival
 from profiles.run import empty_caches
 from profiles.rundir import Request, Run
@@ -86,7 +86,7 @@ class Ceilings:
         self._bytes = min(_RAW_BYTES, 4 * len(sample) * engine.slot_bytes)
         self._reader: RawReader | None = None
         try:
-            self._reader = RawReader.open(sample)
+            self._reader = RawReader.open(sample, min(MEMORY_BYTES, engine.expert_budget_bytes))
         except UsageError as error:
             note(f"no ceiling of the disk: {error}")
 

@@ -18,28 +18,30 @@ from runtime.errors import EdgeError, UsageError
 from runtime.layout import PAGE_BYTES
 
 LARGEST_BLOCK = 64 << 20  # what "a whole file" is cut into
+# What is read into. A few megabytes would stay in the processor's cache and look faster than slots, which were last
+# touched long ago; where the slots are less than this, that much is right.
+MEMORY_BYTES = 256 << 20
 
 Piece = tuple[int, int, int]  # descriptor, offset, bytes
 
 
 class RawReader:
-    """Reads pieces of open files into memory of its own, each thread into its part of it from one end to the other."""
+    """Reads pieces of open files into memory of its own, from one end of it to the other, over and over."""
 
-    def __init__(self, files: Sequence[tuple[int, int]], owned: bool = False, memory_bytes: int = 0) -> None:
+    def __init__(self, files: Sequence[tuple[int, int]], owned: bool = False, memory_bytes: int = MEMORY_BYTES) -> None:
         """`files`: descriptors and sizes in bytes, of which whole pages are read; `close` closes `owned` ones.
 
-        `memory_bytes`: how much memory is read into, at least a block per thread. A few megabytes stay in the
-        processor's cache; experts land in slots that were last used long ago.
+        `memory_bytes`: how much memory is read into; at least a block per thread.
         """
         self._files = [(descriptor, size // PAGE_BYTES * PAGE_BYTES) for descriptor, size in files]
         self._owned = owned
         self._longest = min(LARGEST_BLOCK, max(size for _, size in self._files))
         self._memory_bytes = memory_bytes
-        self._memory = memoryview(b"")
+        self._ring = _Ring(memoryview(b""))
         self._random = random.Random(0)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], memory_bytes: int = 0) -> RawReader:
+    def open(cls, paths: Sequence[Path], memory_bytes: int = MEMORY_BYTES) -> RawReader:
         """With O_DIRECT. Raises UsageError for no files at all, or one that cannot be opened so."""
         if not paths:
             raise UsageError("no files to read: give a bundle, or files of some megabytes")
@@ -65,9 +67,9 @@ class RawReader:
 
         Raises EdgeError when a read fails.
         """
-        buffers = self._parts(threads, min(block or LARGEST_BLOCK, self._longest))
-        work = _Work(self._pieces(block, total_bytes), seconds)
-        workers = [threading.Thread(target=work.read, args=(buffer,), daemon=True) for buffer in buffers]
+        self._allocate(threads * min(block or LARGEST_BLOCK, self._longest))
+        work = _Work(self._pieces(block, total_bytes), self._ring, seconds)
+        workers = [threading.Thread(target=work.read, daemon=True) for _ in range(threads)]
         for worker in workers:
             worker.start()
         try:
@@ -83,12 +85,11 @@ class RawReader:
             raise EdgeError(f"reading failed: {work.failure.strerror}")
         return work.done_bytes / elapsed
 
-    def _parts(self, count: int, least_bytes: int) -> list[memoryview]:
-        """The memory in `count` equal parts of whole pages."""
-        each = max(least_bytes, self._memory_bytes // count // PAGE_BYTES * PAGE_BYTES)
-        if len(self._memory) < count * each:
-            self._memory = page_aligned(count * each)
-        return [self._memory[i * each : (i + 1) * each] for i in range(count)]
+    def _allocate(self, least_bytes: int) -> None:
+        """Before the clock runs."""
+        size = max(least_bytes, self._memory_bytes // PAGE_BYTES * PAGE_BYTES)
+        if len(self._ring.memory) < size:
+            self._ring = _Ring(page_aligned(size))
 
     def _pieces(self, block: int | None, total_bytes: int | None) -> Iterator[Piece]:
         """Every piece once in random order, then all of them again, until `total_bytes` are reached."""
@@ -97,33 +98,44 @@ class RawReader:
         return _until(itertools.cycle(order), total_bytes)
 
 
+class _Ring:
+    """Memory that is given out piece by piece, and then again from its beginning."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory, self._at = memory, 0
+
+    def take(self, size: int) -> memoryview:
+        """The next `size` bytes in one piece."""
+        begin = self._at if self._at + size <= len(self.memory) else 0
+        self._at = begin + size
+        return self.memory[begin : self._at]
+
+
 class _Work:
     """What the threads of one measurement share."""
 
-    def __init__(self, pieces: Iterator[Piece], seconds: float) -> None:
-        self._pieces, self._lock = pieces, threading.Lock()
+    def __init__(self, pieces: Iterator[Piece], ring: _Ring, seconds: float) -> None:
+        self._pieces, self._ring, self._lock = pieces, ring, threading.Lock()
         self.failure: OSError | None = None
         self.done_bytes = 0
         self.begin = time.perf_counter()
         self.end = self.begin + seconds
 
-    def read(self, buffer: memoryview) -> None:
+    def read(self) -> None:
         """Until nothing is left, the time is over (but once at least) or a read failed."""
-        target = 0
         while not self.failure:
             with self._lock:
                 piece = next(self._pieces, None)
-            if piece is None:
-                return
-            descriptor, offset, size = piece
-            target = target if target + size <= len(buffer) else 0
+                if piece is None:
+                    return
+                descriptor, offset, size = piece
+                target = self._ring.take(size)
             try:
-                if os.preadv(descriptor, [buffer[target : target + size]], offset) != size:
+                if os.preadv(descriptor, [target], offset) != size:
                     raise OSError(0, "a read came back short")
             except OSError as error:
                 self.failure = error
                 return
-            target += size
             with self._lock:
                 self.done_bytes += size
             if time.perf_counter() >= self.end:

@@ -149,8 +149,17 @@ class TestDisk:
         reader = RawReader.open([direct_folder / "x"], memory_bytes=8 * 4096)
         for threads in (4, 1):
             reader.rate(4096, threads, 64 * 4096)
-            assert len(reader._memory) == 8 * 4096
-        assert {bytes(reader._memory[i : i + 4096]) for i in range(0, 8 * 4096, 4096)} == pages
+            assert len(reader._ring.memory) == 8 * 4096
+        assert {bytes(reader._ring.memory[i : i + 4096]) for i in range(0, 8 * 4096, 4096)} == pages
+        reader.close()
+
+    def test_a_measurement_goes_on_where_the_last_one_stopped(self, direct_folder: Path) -> None:
+        """Short ones would otherwise read into the same few pages, which stay in the processor's cache."""
+        (direct_folder / "x").write_bytes(b"x" * 3 * 4096)
+        reader = RawReader.open([direct_folder / "x"], memory_bytes=8 * 4096)
+        for pages in (3, 6, 8):
+            reader.rate(4096, 2, 3 * 4096)
+            assert bytes(reader._ring.memory).count(b"x") == pages * 4096
         reader.close()
 
     def test_every_setting_is_measured(self, direct_folder: Path) -> None:
