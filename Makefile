@@ -51,7 +51,7 @@ $(VENV)/.installed: pyproject.toml
 	  echo "      Debian, Ubuntu: apt-get install python3-venv; or name another one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# 22.0.2 (Ubuntu 22.04) breaks off with an AssertionError when a package that it considered is not needed in the end.
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "pip>=22.0.3"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "pip>=22.0.3,<24; python_version < '3.11'"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" -e ".[onnxruntime,demo]"
 	@touch $@
 

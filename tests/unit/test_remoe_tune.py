@@ -316,9 +316,10 @@ def test_two_processes_tune_as_one(tmp_path: Path) -> None:
     script.write_text(WORKER)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Without an address they look for each other by the name of the machine, which a bare system cannot resolve.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     for count, out in ((1, "one"), (2, "two")):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command = [*launcher, str(script), str(checkpoint), str(tmp_path / out)]
+        command = [*launcher, "--nproc-per-node", str(count), str(script), str(checkpoint), str(tmp_path / out)]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     one, first, second = (load_file(tmp_path / name) for name in ("one.0", "two.0", "two.1"))
