@@ -72,17 +72,20 @@ def evaluate(job: dict[str, str]) -> dict[str, Any]:
 
 
 def largest_gap(ours: Any, theirs: Any, folder: Path) -> float:
-    """Of log-likelihoods, in nats, over the choices of the first questions."""
+    """Of log-likelihoods, in nats: of the choices of the first questions, with and without the question before them, and
+    of whole texts, the last of which is longer than the context.
+    """
     from lm_eval.api.instance import Instance
 
-    rows = [json.loads(line) for line in (folder / _ROWS).read_text(encoding="utf-8").splitlines()[:_COMPARED]]
-    requests = [
-        Instance(request_type="loglikelihood", doc=row, arguments=(row["question"], choice), idx=number)
-        for row in rows
-        for number, choice in enumerate(row["choices"])
-    ]
-    pairs = zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True)
-    return max(abs(a[0] - b[0]) for a, b in pairs)
+    rows = [json.loads(line) for line in (folder / _ROWS).read_text(encoding="utf-8").splitlines()]
+    few = rows[:_COMPARED]
+    parts = [(context, choice) for row in few for choice in row["choices"] for context in (row["question"], "")]
+    texts = [row["question"] for row in few] + [" ".join(row["question"] for row in rows)]
+    after = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(parts)]
+    whole = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    gaps = [abs(a[0] - b[0]) for a, b in zip(ours.loglikelihood(after), theirs.loglikelihood(after), strict=True)]
+    pairs = zip(ours.loglikelihood_rolling(whole), theirs.loglikelihood_rolling(whole), strict=True)
+    return max(*gaps, *(abs(a - b) for a, b in pairs))
 
 
 if __name__ == "__main__":

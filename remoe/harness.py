@@ -1,12 +1,14 @@
 """Tasks of lm-evaluation-harness on the engine itself: quality of what really runs, cache and router included.
 
 A context is read at once, as a prompt is; with cache-prior routing the tokens after it are read one by one, as decode
-does, so the rule acts on them. Contexts that are too long lose their beginning.
+does, so the rule acts on them. Contexts that are too long lose their beginning. What comes before a text without
+context, and how long texts are cut, is as in the harness's own adapter for transformers (HFLM): figures compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,16 @@ class Scorer:
         return self._score(ids, start)
 
     def whole(self, text: str) -> float:
-        """Log-likelihood of a text; one longer than the context is read in windows, each token scored once."""
-        ids = self._engine.encode(text)
-        if self._start() is not None and ids[0] != self._start():
-            ids = [self._start(), *ids]  # type: ignore[list-item]
+        """Log-likelihood of a text, all of its tokens: a prefix stands before the first.
+
+        One longer than the context is read in windows, each token scored once; the last window is a full one, too.
+        """
+        ids = [self._prefix, *self._engine.encode(text)]
         total, at, size = 0.0, 1, self._engine.context
         while at < len(ids):
-            end = min(len(ids), max(at, 1) + size - 1)
-            first = at - 1  # the token before is what the first one is predicted from
-            total += self._score(ids[first:end], 1)[0]
+            end = min(len(ids), at + size)
+            first = max(0, end - size - 1)
+            total += self._score(ids[first:end], at - first)[0]
             at = end
         return total
 
@@ -119,9 +122,6 @@ class Scorer:
             pass
         return self._engine.summary().text
 
-    def _start(self) -> int | None:
-        return self._engine.config.bos_token_id
-
     def _split(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Ids of both, cut to the engine's context from the left, and where the continuation starts.
 
@@ -129,26 +129,29 @@ class Scorer:
         """
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        before = self._engine.encode(bare) if bare else [self._first_token()]
+        before = self._engine.encode(bare) if bare else [self._prefix]
         whole = self._engine.encode(bare + continuation) if bare else [*before, *self._plain(continuation)]
         start = min(len(before), len(whole) - 1)
-        cut = max(0, len(whole) - self._engine.context)
+        cut = max(0, len(whole) - self._engine.context - 1)  # the last token is not read
         if start - cut < 1:
             raise UsageError(f"a continuation of {len(whole) - start} tokens does not fit the context: use --context")
         return whole[cut:], start - cut
 
     def _plain(self, text: str) -> list[int]:
         ids = self._engine.encode(text)
-        return ids[1:] if ids[0] == self._start() and len(ids) > 1 else ids
+        return ids[1:] if ids[0] == self._prefix and len(ids) > 1 else ids
 
-    def _first_token(self) -> int:
-        start = self._start()
-        if start is not None:
-            return start
-        ends = self._engine.config.eos_token_ids
-        if not ends:
+    @cached_property
+    def _prefix(self) -> int:
+        """What the first token of a text is predicted from: the tokenizer's begin token, or without one its end token;
+        the model's own where the tokenizer's settings name neither.
+        """
+        config = self._engine.config
+        named = [self._tokenizer.special_id(name) for name in ("bos_token", "eos_token")]
+        found = next((i for i in (*named, config.bos_token_id, *config.eos_token_ids) if i is not None), None)
+        if found is None:
             raise UsageError("this model has neither a begin nor an end token, so a text without context has no score")
-        return ends[0]
+        return found
 
     @torch.inference_mode()
     def _score(self, ids: Sequence[int], start: int) -> tuple[float, bool]:

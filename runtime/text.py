@@ -59,6 +59,11 @@ class Tokenizer:
         """Whether apply_chat works."""
         return self._template is not None
 
+    def special_id(self, name: str) -> int | None:
+        """Id of a special token by the name that the settings give it ("bos_token"), None where they have none."""
+        text = self._special.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the model expects around one."""
         ids = self._encode(text, add_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -217,16 +218,39 @@ def test_scores_are_sums_of_the_engines_log_probabilities(bundle: Path) -> None:
 def test_long_texts_are_scored_in_windows_each_token_once(bundle: Path) -> None:
     with open_engine(bundle, context=8) as engine:
         ids = [1, *engine.encode(TEXT)]
+        assert len(ids) - 1 == 61
         expected = 0.0
-        for at in range(1, len(ids), 7):
-            window = ids[at - 1 : at + 7]
-            log_p = engine.logits(window).double().log_softmax(-1)
-            expected += sum(float(log_p[i, token]) for i, token in enumerate(window[1:]))
+        # (first token read, first scored, one after the last): eight at a time, and five are left for the last
+        for first, at, end in [*((at - 1, at, at + 8) for at in range(1, 57, 8)), (53, 57, 62)]:
+            log_p = engine.logits(ids[first : end - 1]).double().log_softmax(-1)
+            expected += sum(float(log_p[i - 1 - first, ids[i]]) for i in range(at, end))
         assert Scorer(engine).whole(TEXT) == pytest.approx(expected)
         likelihood, _ = Scorer(engine).continuation(TEXT, " Yes")  # the beginning of the context is cut off
-        log_p = engine.logits((engine.encode(TEXT + " Yes"))[-8:]).double().log_softmax(-1)
+        log_p = engine.logits((engine.encode(TEXT + " Yes"))[-9:-1]).double().log_softmax(-1)
         last = engine.encode(" Yes")
-        assert likelihood == pytest.approx(sum(float(log_p[i + 3, t]) for i, t in enumerate(last)))
+        assert likelihood == pytest.approx(sum(float(log_p[i + 4, t]) for i, t in enumerate(last)))
+
+
+@pytest.mark.parametrize(
+    ("special", "begin", "prefix"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, 0, 1),
+        ({"eos_token": "</s>"}, 0, 2),  # no begin token, though the model's config names one: as in the harness
+        ({}, 0, 0),
+        ({}, None, 7),
+    ],
+)
+def test_the_first_token_of_a_text_is_scored_after_the_prefix_of_the_harness(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, special: dict[str, str], begin: int | None, prefix: int
+) -> None:
+    with open_engine(bundle) as engine:
+        monkeypatch.setattr(engine.tokenizer, "_special", special)
+        engine.config = dataclasses.replace(engine.config, bos_token_id=begin, eos_token_ids=(7,))
+        ids = [prefix, *engine.encode("ab")]
+        log_p = engine.logits(ids).double().log_softmax(-1)
+        expected = sum(float(log_p[at, token]) for at, token in enumerate(ids[1:]))
+        assert Scorer(engine).whole("ab") == pytest.approx(expected)
+        assert Scorer(engine).continuation("", "ab")[0] == pytest.approx(expected)
 
 
 def test_a_prior_acts_on_the_tokens_after_the_context(bundle: Path) -> None:
