@@ -72,8 +72,8 @@ def evaluate(job: dict[str, str]) -> dict[str, Any]:
 
 
 def largest_gap(ours: Any, theirs: Any, folder: Path) -> float:
-    """Of log-likelihoods, in nats: of the choices of the first questions, with and without the question before them, and
-    of whole texts, the last of which is longer than the context.
+    """Of log-likelihoods, in nats: of the choices of the first questions, with and without the question before them,
+    and of whole texts, the last of which is longer than the context.
     """
     from lm_eval.api.instance import Instance
 

@@ -1,4 +1,4 @@
-"""Results as a table and as one JSON object."""
+"""Results as a table, and what does not fit into one."""
 
 from __future__ import annotations
 

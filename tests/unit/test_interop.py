@@ -16,7 +16,7 @@ from demo.native import CHECKPOINT
 from export.checkpoint import Checkpoint
 from export.families import read_model
 from interop import environments, llama_engine
-from interop.__main__ import outcome, summary
+from interop.__main__ import document, outcome, run
 from interop.checks import gates_in_gguf, same_scores
 from interop.compare import FP32, NARROW, Limits, agree, complaints
 from interop.environments import Installer, Kind, NotRunError, last_words
@@ -124,8 +124,28 @@ def test_results_in_words() -> None:
     assert table(results)[1][1:6] == ["99.99 %", "-", "1.2e-06", "-", "-"]
     assert [row[-1] for row in table(results)] == ["result", "pass", "not run", "fail"]
     assert remarks(results) == ["a: vllm 1", "b: not run: no such wheel", "c: RuntimeError: no experts"]
-    assert json.loads(json.dumps(summary(results), allow_nan=False))["not_run"] == ["b"]
+    assert document("b", results["b"])["reason"] == "no such wheel"
     assert outcome(lambda: {"complaints": ["differs"]})["status"] == "fail"
+
+
+def test_a_run_of_some_checks_leaves_the_results_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gap = 1e-6
+    found: dict[str, Any] = {
+        "engine": lambda bench: {"mean_score_gap": gap, "complaints": []},
+        "engine bf16": lambda bench: {"mean_score_gap": float("nan"), "complaints": ["nan apart"]},
+    }
+    monkeypatch.setattr("interop.checks.CHECKS", found)
+    monkeypatch.setattr("interop.prepare.prepare", lambda folder: None)
+    results = tmp_path / "results"
+    run(tmp_path, Installer(tmp_path, "torch"), list(found))
+    other = (results / "engine-bf16.json").read_text()
+    gap = 2e-6
+    run(tmp_path, Installer(tmp_path, "torch"), ["engine"])
+    assert json.loads((results / "engine.json").read_text())["mean_score_gap"] == 2e-6
+    assert (results / "engine-bf16.json").read_text() == other
+    kept = json.loads(other)
+    assert (kept["check"], kept["status"], kept["mean_score_gap"]) == ("engine bf16", "fail", None)
+    assert kept["date"].startswith("20") and kept["machine"]["versions"]["torch"]
 
 
 @pytest.mark.parametrize(
