@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runtime.errors import EdgeError
-from runtime.machine import describe
+from runtime.machine import core_counts, describe
 
 MB = 1e6
 GB = 1e9
@@ -29,7 +29,10 @@ def conclude(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_main(body: Callable[[], object]) -> int:
-    """Run a benchmark's body as a program: one line for an error, and the exit code."""
+    """Run a benchmark's body as a program: a line about the cores, one for an error, and the exit code."""
+    usable, cores = core_counts()
+    bound = "" if usable == cores else ": it is bound to them (taskset, cpuset), and the figures are of that"
+    print(f"bench: may run on {usable} of {cores} cores{bound}", file=sys.stderr)
     try:
         body()
     except EdgeError as error:

@@ -217,7 +217,8 @@ def _cache(bundle: Bundle, arena: CudaArena) -> tuple[ExpertCache, Loader, str]:
     """The arena as one shared pool over the blobs of a bundle."""
     storage, note = reachable(bundle.open_experts(True), (bundle.config.moe_layers[0], 0), arena.views[0])
     loader = Loader(storage, bundle.blob_checksums(), bundle.manifest.expert.file_bytes, 8)
-    return ExpertCache(bundle.config.moe_layers, arena, loader, "lru", "shared"), loader, note
+    config = bundle.config
+    return ExpertCache(config.moe_layers, config.router, arena, loader, "lru", "shared"), loader, note
 
 
 def _stress(settings: Settings, gpu: Device, kind: type[CudaArena]) -> tuple[int, int]:

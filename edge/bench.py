@@ -17,6 +17,7 @@ from edge.interrupt import Interrupt
 from edge.options import add_prior_arguments, add_setup_arguments, engine_options
 from runtime.errors import EdgeError, UsageError
 from runtime.options import EngineOptions
+from runtime.policies import GATE, POLICIES
 
 if TYPE_CHECKING:
     from profiles.contest import Outcome
@@ -29,6 +30,7 @@ HELP = "compare routers, routing rules and recorded routing of one bundle in one
 EXAMPLES = """
 edge bench qwen.bundle --router base --router remoe-chat --slots-per-layer 8 --prompts 32
 edge bench qwen.bundle --routing stock --routing cache-prior --prior-strength 0.2 --warm
+edge bench qwen.bundle --policy lru --policy gate --slots-per-layer 16
 edge bench random.bundle --replay stock.trace.safetensors tuned.trace.safetensors --out bench.jsonl
 edge bench random.bundle --overlap 0.1695 0.2156 --slots-per-layer 8 --json
 """
@@ -39,13 +41,15 @@ _NOTE = "\nedge: stopping after the token in work; press Ctrl-C again to end at 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `edge bench`."""
-    add_setup_arguments(parser)
+    add_setup_arguments(parser, policy=False)
     group = parser.add_argument_group("settings (each answers every request; the first is what others are held to)")
     add = group.add_argument
     add("--router", dest="routers", metavar="R", action="append", help="a router, by name or path (default: base)")
     add("--routing", dest="routings", choices=["stock", "cache-prior"], action="append",
         help="how each router routes (default: stock)")  # fmt: skip
     add_prior_arguments(group)
+    add("--policy", dest="policies", choices=list(POLICIES), action="append",
+        help=f"which expert makes room, with each router and routing (default: {EngineOptions.policy})")  # fmt: skip
     add("--replay", metavar="TRACE", type=Path, nargs="+", action="extend", default=[],
         help="recorded routing in the router's place: traces of any model of this shape")  # fmt: skip
     add("--overlap", metavar="X", type=float, nargs="+", action="extend", default=[],
@@ -104,7 +108,9 @@ def _check(args: argparse.Namespace) -> tuple[EngineOptions, list[EngineOptions]
         raise UsageError("--workload and --chat name prompts, but with --replay the requests are those recorded")
     prior = {name: value for name, value in vars(args).items() if name.startswith("prior_") and value is not None}
     bare = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in prior})
-    setup = engine_options(bare)
+    setup, policies = engine_options(bare), args.policies or [EngineOptions.policy]
+    if (args.replay or args.overlap) and (len(policies) > 1 or GATE in policies):
+        raise UsageError("--replay and --overlap go with one --policy, and not with gate, which needs a real router")
     routes = bool(args.routers or args.routings or not (args.replay or args.overlap))
     routings = (args.routings or ["stock"]) if routes else []
     if prior and "cache-prior" not in routings:
@@ -113,8 +119,9 @@ def _check(args: argparse.Namespace) -> tuple[EngineOptions, list[EngineOptions]
     for router in args.routers or [EngineOptions.router]:
         for routing in routings:
             said = prior if routing == "cache-prior" else {}
-            options.append(dataclasses.replace(setup, router=router, routing=routing, **said))
-    return setup, options
+            given = dataclasses.replace(setup, router=router, routing=routing, **said)
+            options += [dataclasses.replace(given, policy=policy) for policy in policies]
+    return dataclasses.replace(setup, policy=policies[0]), options
 
 
 def _load_traces(paths: list[Path]) -> dict[str, Trace]:
@@ -159,13 +166,16 @@ def _rivals(
     for options in routed:
         prior = options.prior
         name = f"{options.router}, cache-prior" if prior else options.router
-        found.append(Rival(name, options.router, prior, facts={"router": options.router, "routing": options.routing}))
-    found += [recorded_rival(name, trace, jobs, engine.config) for name, trace in traces.items()]
-    found += [synthetic_rival(overlap, jobs, engine.config, engine.slot_bytes) for overlap in args.overlap]
+        name += f", {options.policy}" if len({options.policy for options in routed}) > 1 else ""
+        facts = {"router": options.router, "routing": options.routing}
+        found.append(Rival(name, options.router, prior, policy=options.policy, facts=facts))
+    recorded = [recorded_rival(name, trace, jobs, engine.config) for name, trace in traces.items()]
+    recorded += [synthetic_rival(overlap, jobs, engine.config, engine.slot_bytes) for overlap in args.overlap]
+    found += [dataclasses.replace(rival, policy=engine.options.policy) for rival in recorded]
     names = [rival.name for rival in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UsageError(f"the setting {twice!r} is named twice: give each router, routing and overlap once")
+        raise UsageError(f"the setting {twice!r} is named twice: give each router, routing, policy and overlap once")
     for rival in found:
         rival.take_over(engine, 0)  # refuses a router that is not there or not of this model
     return found
@@ -198,7 +208,7 @@ def _header(engine: Engine, rivals: list[Rival], jobs: list[Job], conditions: di
     """What was compared and how, before anything was measured."""
     from runtime.machine import describe
 
-    settings = {k: v for k, v in engine.settings().items() if k not in ("router", "routing")}
+    settings = {k: v for k, v in engine.settings().items() if k not in ("router", "routing", "policy")}
     return {
         "bundle": str(engine.bundle.path),
         "engine": settings,
@@ -216,7 +226,7 @@ def _results(outcome: Outcome, rivals: list[Rival], blob_bytes: int) -> dict[str
     found, less = figures(outcome, blob_bytes), reductions(outcome)
     settings = []
     for rival in rivals:
-        facts = dict(rival.facts) | ({"prior": str(rival.prior)} if rival.prior else {})
+        facts = {**rival.facts, "policy": rival.policy, **({"prior": str(rival.prior)} if rival.prior else {})}
         than_first = {name: asdict(value) for name, value in less.get(rival.name, {}).items()} or None
         settings.append({"name": rival.name, **facts, **found[rival.name], "less_than_first": than_first})
     return {"complete": outcome.complete, "settings": settings, "ceiling": ceiling_figures(outcome)}

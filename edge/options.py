@@ -32,8 +32,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--record", metavar="FILE.jsonl", type=Path, help="write one JSON line per token")
 
 
-def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """How the bundle is opened, whatever routes it; returns the last group."""
+def add_setup_arguments(parser: argparse.ArgumentParser, policy: bool = True) -> argparse._ArgumentGroup:
+    """How the bundle is opened, whatever routes it; returns the last group. `policy` False: the command has its own."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle made by edge export")
     cache = parser.add_argument_group("expert cache")
     size = cache.add_mutually_exclusive_group()
@@ -47,9 +47,10 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         choices=get_args(Scope),
         help=_help(EngineOptions, "scope", "each layer has its own slots, or all share them"),
     )
-    cache.add_argument(
-        "--policy", choices=list(POLICIES), help=_help(EngineOptions, "policy", "which expert makes room")
-    )
+    if policy:
+        cache.add_argument(
+            "--policy", choices=list(POLICIES), help=_help(EngineOptions, "policy", "which expert makes room")
+        )
     cache.add_argument("--no-direct-io", dest="direct_io", action="store_const", const=False,
                        help="read through the page cache instead of past it")  # fmt: skip
     cache.add_argument(

@@ -14,6 +14,7 @@ from edge.options import add_routing_arguments, engine_options
 from remoe.simulate import BELADY, SIMULATED, Result, Setting, share_of_optimum, simulate
 from remoe.trace import Trace
 from runtime.errors import UsageError
+from runtime.policies import GATE
 
 if TYPE_CHECKING:
     from profiles.predict import Prediction
@@ -51,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", metavar="TRACE", type=Path, nargs="+", help="files made by edge trace")
     group = parser.add_argument_group("cache")
     add = group.add_argument
-    add("--policy", metavar="P", nargs="+", default=list(SIMULATED), help=f"{', '.join(SIMULATED)} (default: all)")
+    add("--policy", metavar="P", nargs="+",
+        help=f"{', '.join(SIMULATED)} (default: all; gate needs a trace with logits)")  # fmt: skip
     add("--slots", metavar="N", type=int, nargs="+",
         help="experts that the cache holds, per layer or in all (default: K, 1.3 K, 2 K, E/2 and 0.9 E)")  # fmt: skip
     add("--scope", choices=["layer", "shared"], default="layer", help="each layer has its own slots, or all share them")
@@ -102,7 +104,7 @@ def _rows(
         sizes = [slots * len(trace.info.moe_layers) for slots in sizes]
     for done, slots in enumerate(sizes, 1):
         best = simulate(trace, _setting(args, BELADY, slots, None)) if prior is None else None
-        for policy in args.policy:
+        for policy in args.policy or _possible(trace):
             if policy == BELADY and best is None:
                 continue  # it must know what will be asked for
             result = best if policy == BELADY and best else simulate(trace, _setting(args, policy, slots, prior))
@@ -113,6 +115,11 @@ def _rows(
             found.append(Row(path.name, routing, policy, slots, result, share_of_optimum(result, optimum), drive_ms))
         progress.update(path.name, done, len(sizes))
     return found
+
+
+def _possible(trace: Trace) -> list[str]:
+    """All policies but those that need what the trace has not."""
+    return [policy for policy in SIMULATED if policy != GATE or trace.logits is not None]
 
 
 def default_slots(top_k: int, experts: int) -> list[int]:

@@ -89,7 +89,7 @@ def differences(base: Run, other: Run) -> list[tuple[str, Any, Any]]:
     return [row for row in rows if row[1] != row[2]]
 
 
-_MACHINE = ("device", "power_mode", "kernel", "versions", "commit")
+_MACHINE = ("device", "usable_cores", "power_mode", "kernel", "versions", "commit")
 
 
 def _bootstrap(first: np.ndarray, second: np.ndarray, paired: bool) -> np.ndarray:

@@ -13,7 +13,7 @@ from remoe.synthetic import SyntheticRouting, synthetic_trace
 from remoe.trace import Trace
 from runtime.cache_prior import CachePrior
 from runtime.config import ModelConfig
-from runtime.engine import Engine
+from runtime.engine import Engine, EngineOptions
 from runtime.errors import UsageError
 from runtime.replay import Steps
 
@@ -31,16 +31,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Rival:
-    """A way of routing: a router, with a prior or without, or `steps`, one recording per job in the router's place."""
+    """A way of routing: a router, with a prior or without, or `steps`, one recording per job in the router's place;
+    and the policy of the cache.
+    """
 
     name: str
     router: str = "base"
     prior: CachePrior | None = None
     steps: tuple[Steps, ...] | None = None
+    policy: str = EngineOptions.policy
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def take_over(self, engine: Engine, number: int) -> None:
-        """Route the engine's next sequence, which answers job `number`. Raises UsageError or BundleError."""
+        """Route the engine's next sequence, which answers job `number`. Raises UsageError or BundleError.
+
+        The cache keeps what it holds, unless it was under another policy.
+        """
+        if engine.options.policy != self.policy:
+            engine.use_policy(self.policy)
         if self.steps is None:
             engine.use_router(self.router, self.prior)
         else:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from remoe.metrics import SEGMENT, Locality, locality
@@ -20,10 +21,12 @@ from remoe.record import choice_bias, info_of, watching
 from remoe.simulate import BELADY, Result, Setting, share_of_optimum, simulate
 from remoe.trace import Block, Origin, Trace
 from runtime.cache_prior import CachePrior, CachePriorRouter
+from runtime.config import RouterConfig
+from runtime.demand import Demand
 from runtime.engine import Engine
 from runtime.errors import UsageError
-from runtime.policies import make_policy
-from runtime.router import Router
+from runtime.policies import GATE, Array, make_policy
+from runtime.router import Routed, Router
 
 STOCK = "base"
 _HEAD_TOKENS = 64  # logits of a whole window over a large vocabulary would take hundreds of megabytes
@@ -115,20 +118,28 @@ class EvalOptions:
 class PooledCache:
     """The books of an expert cache without its bytes: what cache-prior routing asks when a size is judged."""
 
-    def __init__(self, layers: Sequence[int], slots: int, policy: str) -> None:
-        self._layers, self._slots, self._policy = tuple(layers), slots, policy
+    def __init__(self, layers: Sequence[int], rules: RouterConfig, slots: int, policy: str) -> None:
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._rules, self._slots, self._policy = rules, slots, policy
         self.clear()
 
     def clear(self) -> None:
         """The next request finds nothing."""
-        self._pools = {layer: PolicyPool(self._slots, make_policy(self._policy)) for layer in self._layers}
+        self._demand = Demand(len(self._place), self._rules)
+        keys = range(self._rules.num_experts)
+        self._pools = [PolicyPool(self._slots, make_policy(self._policy, keys, row)) for row in self._demand.values]
 
-    def residents(self, layer: int) -> set[int]:
-        return self._pools[layer].resident
+    def held(self, layer: int) -> Array:
+        """As ExpertCache.held."""
+        held = np.zeros(self._rules.num_experts, dtype=bool)
+        held[list(self._pools[self._place[layer]].resident)] = True
+        return held
 
-    def request(self, layer: int, experts: Sequence[int]) -> None:
-        """The layer needs these."""
-        self._pools[layer].request(experts)
+    def request(self, layer: int, routed: Routed) -> None:
+        """The layer needs the experts of one token."""
+        place, experts = self._place[layer], routed.experts.cpu().numpy()
+        self._demand.see(place, routed.logits.cpu().numpy(), experts)
+        self._pools[place].request(experts[0].tolist())
 
 
 class _Judged(CachePriorRouter):
@@ -142,10 +153,10 @@ class _Judged(CachePriorRouter):
         super().begin()
         self._books.clear()
 
-    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        experts, weights = super().route(layer, h)
-        self._books.request(layer, experts[0].tolist())
-        return experts, weights
+    def route(self, layer: int, h: torch.Tensor) -> Routed:
+        routed = super().route(layer, h)
+        self._books.request(layer, routed)
+        return routed
 
 
 def evaluate(
@@ -188,9 +199,10 @@ class _Run:
             Setting(options.policy, slots, prior=variant.prior).check(info)
         self.variant, self.quality = variant, Quality()
         self._engine, self._blocks, self._router = engine, list[Block](), engine.decoder.router
+        self._logits = options.policy == GATE  # the books go by them
         self._info, self._bias = info, choice_bias(engine)
         if variant.prior is not None:
-            cache = PooledCache(info.moe_layers, variant.slots or 0, options.policy)
+            cache = PooledCache(info.moe_layers, info.rules, variant.slots or 0, options.policy)
             self._router = _Judged(engine.router, variant.prior, cache)
             self._info = replace(info, routing=f"{variant.prior} slots={variant.slots} policy={options.policy}")
 
@@ -198,7 +210,7 @@ class _Run:
         """What the head sees after every token of the window: [S, H]."""
         decoder = self._engine.decoder
         decoder.router = self._router
-        with watching(self._engine) as watcher:
+        with watching(self._engine, logits=self._logits) as watcher:
             decoder.rewind()
             ids = torch.tensor(window)
             parts = ids.split(1) if self.variant.prior is not None else [ids]

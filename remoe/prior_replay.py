@@ -8,16 +8,17 @@ between two experts that are as good as equal may fall the other way, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from remoe.pools import Slots
 from remoe.trace import Trace
-from runtime.cache_prior import CachePrior, Spread, prefer_cached
 from runtime.errors import UsageError
+from runtime.prior_rows import Spread, prefer_cached
+
+if TYPE_CHECKING:
+    from runtime.cache_prior import CachePrior  # which imports torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +34,7 @@ class PriorChooser:
         if trace.logits is None:
             raise UsageError("cache-prior routing needs the logits of a trace: record it with `edge trace --logits`")
         self._logits, self._rules, self._options, self._shared = trace.logits, trace.info.rules, options, shared
-        self._bias = None if trace.choice_bias is None else torch.from_numpy(np.array(trace.choice_bias))
+        self._bias = None if trace.choice_bias is None else np.array(trace.choice_bias)
         layers = len(trace.info.moe_layers)
         self._groups = [slice(layer, layer + 1) for layer in range(layers)] if shared else [slice(0, layers)]
         self._shape = (layers, trace.info.num_experts)
@@ -58,31 +59,20 @@ class PriorChooser:
         for group in self._groups:
             bias = None if self._bias is None else self._bias[group]
             cached = self._cached(pools, group)
-            chosen, stock, _ = prefer_cached(self._options, self._rules, logits[group], bias, cached, spread[group])
-            self._same += int((chosen[:, :, None] == stock[:, None, :]).sum())
-            self._asked += chosen.numel()
-            self.experts[row, group] = chosen.numpy()
-            offsets = torch.arange(self._shape[0])[group, None] * self._shape[1]
-            yield from (chosen + offsets).tolist()
+            found = prefer_cached(self._options, self._rules, logits[group], bias, cached, spread[group])
+            self._same += int((found.experts[:, :, None] == found.stock[:, None, :]).sum())
+            self._asked += found.experts.size
+            self.experts[row, group] = found.experts
+            offsets = np.arange(self._shape[0])[group, None] * self._shape[1]
+            yield from (found.experts + offsets).tolist()
 
-    def _row(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(self._logits[row].astype(np.float32))
+    def _row(self, row: int) -> Array:
+        return self._logits[row].astype(np.float32)
 
-    def _cached(self, pools: Sequence[Slots], group: slice) -> torch.Tensor:
-        """What is in the caches of these layers: [layers of the group, E], 0 or 1."""
+    def _cached(self, pools: Sequence[Slots], group: slice) -> Array:
+        """What is in the caches of these layers: bool [layers of the group, E]."""
         low, high = group.start * self._shape[1], group.stop * self._shape[1]
         here = {id(pool): pool for pool in pools[group]}  # a shared pool stands for all layers
-        mask = torch.zeros(group.stop - group.start, self._shape[1])
-        mask.view(-1)[[key - low for pool in here.values() for key in pool.resident if low <= key < high]] = 1.0
+        mask = np.zeros((group.stop - group.start, self._shape[1]), dtype=bool)
+        mask.reshape(-1)[[key - low for pool in here.values() for key in pool.resident if low <= key < high]] = True
         return mask
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small operations wait for threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,20 +6,21 @@ counts the same hits and misses. docs/traces.md says what is counted and how.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from remoe.pools import OptimalPool, PolicyPool, Slots
+from remoe.prior_replay import PriorChooser
 from remoe.trace import Trace, TraceInfo
+from runtime.demand import Demand
 from runtime.errors import BudgetError, UsageError
-from runtime.policies import POLICIES, make_policy
+from runtime.policies import GATE, POLICIES, make_policy
 
 if TYPE_CHECKING:
-    from remoe.prior_replay import PriorChooser
-    from runtime.cache_prior import CachePrior
+    from runtime.cache_prior import CachePrior  # which imports torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BELADY = "belady"
@@ -131,12 +132,11 @@ def simulate(trace: Trace, setting: Setting) -> Result:
     setting.check(trace.info)
     if not trace.decode.any():
         raise UsageError("the trace has prompts only: record at least one decode step")
+    if setting.policy == GATE and trace.logits is None:
+        raise UsageError("the policy gate needs the logits of a trace: record it with `edge trace --logits`")
     if setting.prior is None:
         return _Replay(trace, setting, None).run()
-    from remoe.prior_replay import PriorChooser, one_thread  # the rule is written in torch, which nothing else needs
-
-    with one_thread():
-        return _Replay(trace, setting, PriorChooser(trace, setting.prior, setting.shared_slots is not None)).run()
+    return _Replay(trace, setting, PriorChooser(trace, setting.prior, setting.shared_slots is not None)).run()
 
 
 def share_of_optimum(result: Result, optimum: Result) -> float:
@@ -149,6 +149,7 @@ class _Replay:
 
     def __init__(self, trace: Trace, setting: Setting, chooser: PriorChooser | None) -> None:
         self._trace, self._setting, self._chooser = trace, setting, chooser
+        self._experts = chooser.experts if chooser else trace.experts  # those of a chooser change as it goes
         layers = len(trace.info.moe_layers)
         self._keys = (trace.experts + np.arange(layers)[:, None] * trace.info.num_experts).tolist()
 
@@ -161,24 +162,46 @@ class _Replay:
         for number, (chunks, decode) in enumerate(requests):
             if cold:
                 pools = self._pools(requests[number : number + 1])
-            for step in map(self._chunk, chunks):
-                found = np.array([pool.request(keys) for pool, keys in zip(pools, step, strict=True)])
+            for rows, step in zip(chunks, map(self._chunk, chunks), strict=True):
+                found = self._step(rows, pools, step)
                 prompt[0, number] += [len(keys) for keys in step] - found
                 prompt[1, number] += found
             if self._chooser:
                 self._chooser.begin(range(decode.start - sum(map(len, chunks)), decode.start))
             for row in decode:
                 keys = self._chooser.keys(row, pools) if self._chooser else self._keys[row]
-                missed[row] = [pool.request(wanted) for pool, wanted in zip(pools, keys, strict=True)]
+                missed[row] = self._step(range(row, row + 1), pools, keys)
         return self._result(missed, prompt)
+
+    def _step(self, rows: range, pools: Sequence[Slots], step: Iterable[list[int]]) -> Array:
+        """Misses of each layer, one after the other; a step of a prompt has several rows."""
+        found = []
+        for layer, (pool, keys) in enumerate(zip(pools, step, strict=True)):
+            if self._setting.policy == GATE:
+                self._see(layer, slice(rows.start, rows.stop))
+            found.append(pool.request(keys))
+        return np.array(found)
+
+    def _see(self, layer: int, rows: slice) -> None:
+        """What ExpertCache.saw is told."""
+        logits = self._trace.logits
+        assert logits is not None, "a trace without logits was let in"
+        self._demand.see(layer, logits[rows, layer], self._experts[rows, layer])
 
     def _result(self, missed: Array, prompt: Array) -> Result:
         info, chooser = self._trace.info, self._chooser
-        experts = chooser.experts if chooser else self._trace.experts
         agreement = chooser.agreement if chooser else None
         decoded = int(self._trace.decode.sum(dtype=np.int64))
         return Result(
-            self._setting, missed, decoded, info.top_k, info.expert_bytes, prompt[0], prompt[1], experts, agreement
+            self._setting,
+            missed,
+            decoded,
+            info.top_k,
+            info.expert_bytes,
+            prompt[0],
+            prompt[1],
+            self._experts,
+            agreement,
         )
 
     def _parts(self, rows: range) -> tuple[list[range], range]:
@@ -209,8 +232,13 @@ class _Replay:
                 for step in (*map(self._chunk, chunks), *(self._keys[row] for row in decode)):
                     for layer, keys in enumerate(step):
                         coming[0 if shared else layer].append(keys)
-        made: list[Slots] = [
-            OptimalPool(slots, asked) if setting.policy == BELADY else PolicyPool(slots, make_policy(setting.policy))
-            for asked in coming
-        ]
+        self._demand = Demand(layers, self._trace.info.rules)
+        values = self._demand.values.reshape(1 if shared else layers, -1)
+        made = [self._slots(slots, asked, number, values[number]) for number, asked in enumerate(coming)]
         return made * layers if shared else made
+
+    def _slots(self, slots: int, asked: list[Sequence[int]], number: int, demand: Array) -> Slots:
+        if self._setting.policy == BELADY:
+            return OptimalPool(slots, asked)
+        keys = range(number * len(demand), (number + 1) * len(demand))
+        return PolicyPool(slots, make_policy(self._setting.policy, keys, demand))

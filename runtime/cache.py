@@ -11,16 +11,19 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from runtime.arena import Slots
+from runtime.config import RouterConfig
+from runtime.demand import Demand
 from runtime.errors import EdgeError, ReadError
 from runtime.loader import Load, Loader
-from runtime.policies import Policy, make_policy
+from runtime.policies import GATE, Array, Policy, make_policy
 
 Key = tuple[int, int]  # layer, expert
 Scope = Literal["layer", "shared"]
@@ -44,8 +47,10 @@ class CacheStats:
 class Pool:
     """Slots under one policy: those of one layer, or all of them."""
 
-    def __init__(self, slots: Sequence[int], policy: Policy) -> None:
+    def __init__(self, slots: Sequence[int], policy: Policy, held: Mapping[int, Array]) -> None:
+        """`held`: by layer, a bool for each expert, kept true for those that are resident."""
         self.capacity = len(slots)
+        self._held = held
         self.resident: dict[Key, int] = {}
         self.in_flight: dict[Key, int] = {}
         self.pinned: set[Key] = set()
@@ -78,6 +83,7 @@ class Pool:
         """The key's bytes have landed and are right."""
         slot = self.in_flight.pop(key)
         self.resident[key] = slot
+        self._held[key[0]][key[1]] = True
         return slot
 
     def drop(self, key: Key) -> None:
@@ -107,26 +113,46 @@ class Pool:
 
     def _remove(self, key: Key) -> None:
         self._policy.remove(key)
+        self._held[key[0]][key[1]] = False
         self._free.append(self.resident.pop(key))
 
 
 class ExpertCache:
     """Slots of an arena over the MoE layers of a model."""
 
-    def __init__(self, moe_layers: Sequence[int], arena: Slots, loader: Loader, policy: str, scope: Scope) -> None:
-        self._arena = arena
-        self._loader = loader
+    def __init__(
+        self, moe_layers: Sequence[int], rules: RouterConfig, arena: Slots, loader: Loader, policy: str, scope: Scope
+    ) -> None:
+        """Raises UsageError for a policy that is not known."""
+        self._arena, self._loader, self._rules, self._scope = arena, loader, rules, scope
         self._position = {layer: i for i, layer in enumerate(moe_layers)}
-        if scope == "shared":
-            shared = Pool(range(arena.slots), make_policy(policy))
-            self._pools = dict.fromkeys(moe_layers, shared)
-        else:
-            per_layer = arena.slots // len(moe_layers)
-            self._pools = {
-                layer: Pool(range(i * per_layer, (i + 1) * per_layer), make_policy(policy))
-                for i, layer in enumerate(moe_layers)
-            }
         self._stats = self._fresh_stats()
+        self.use_policy(policy)
+
+    def use_policy(self, policy: str) -> None:
+        """Start empty under this policy; between requests only. Raises UsageError for one that is not known."""
+        layers, slots = list(self._position), self._arena.slots
+        self._held = {layer: np.zeros(self._rules.num_experts, dtype=bool) for layer in layers}
+        self._demand, self._by_demand = Demand(len(layers), self._rules), policy == GATE
+        if self._scope == "shared":
+            self._pools = dict.fromkeys(layers, self._pool(range(slots), policy, layers))
+            return
+        each = slots // len(layers)
+        ranges = (range(i * each, (i + 1) * each) for i in range(len(layers)))
+        self._pools = {layer: self._pool(own, policy, [layer]) for layer, own in zip(layers, ranges, strict=True)}
+
+    def _pool(self, slots: Sequence[int], policy: str, layers: Sequence[int]) -> Pool:
+        keys = [(layer, expert) for layer in layers for expert in range(self._rules.num_experts)]
+        first = self._position[layers[0]]
+        demand = self._demand.values[first : first + len(layers)].reshape(-1)  # a view: it is looked at later
+        return Pool(slots, make_policy(policy, keys, demand), self._held)
+
+    def saw(self, layer: int, logits: torch.Tensor, experts: torch.Tensor) -> None:
+        """What the gate of a layer gave the experts for S tokens [S, E], and which were chosen [S, K]; to be told
+        before these are fetched. Only the gate-aware policy listens.
+        """
+        if self._by_demand:
+            self._demand.see(self._position[layer], logits.cpu().numpy(), experts.cpu().numpy())
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer; reads begin at once. Use as a context manager and iterate.
@@ -147,10 +173,11 @@ class ExpertCache:
         """Empty the cache: the next request is a cold one."""
         for pool in set(self._pools.values()):
             pool.clear()
+        self._demand.clear()
 
-    def residents(self, layer: int) -> set[int]:
-        """Experts of a layer that are in the cache now."""
-        return {expert for at, expert in self._pools[layer].resident if at == layer}
+    def held(self, layer: int) -> Array:
+        """Which experts of a layer are in the cache now: bool [E], not to be changed."""
+        return self._held[layer]
 
     def check_integrity(self) -> None:
         """Check the equation in every pool; for tests and after faults."""

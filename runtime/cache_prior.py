@@ -27,13 +27,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
 
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
-from runtime.router import Observer, Router, choose, weigh
+from runtime.prior_rows import Array, Spread, prefer_cached, weigh
+from runtime.router import Observer, Routed, Router
 
 Scaling = Literal["mean", "token", "energy"]
+_NONE = np.zeros((1, 1))
 
 
 @dataclass(frozen=True)
@@ -57,25 +60,10 @@ class CachePrior:
         return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
 
 
-class Spread:
-    """Running mean of max z - min z over the tokens of a sequence; rows of one layer, or one row per layer."""
-
-    def __init__(self) -> None:
-        self._sum: torch.Tensor | float = 0.0
-        self._count = 0
-
-    def update(self, logits: torch.Tensor, together: bool = True) -> torch.Tensor:
-        """Take logits [S, E] into the mean and return it: [1, 1] over all rows, or one per row [S, 1]."""
-        spreads = (logits.amax(-1) - logits.amin(-1)).double()
-        self._sum = self._sum + (spreads.sum()[None] if together else spreads)
-        self._count += len(logits) if together else 1
-        return (self._sum / self._count).float()[:, None]
-
-
 def raise_logits(options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """Logits [..., E] as they count for an expert that is preferred; `spread` [..., 1] is the mean one.
 
-    Each row by itself and with a gradient.
+    Each row by itself and with a gradient: for training with the rule. Routing goes by runtime/prior_rows.py.
     """
     if options.strength == 0:
         return logits
@@ -99,35 +87,22 @@ def _add_energy(config: RouterConfig, logits: torch.Tensor, strength: float) -> 
     return raised - (-raised.expm1()).log()
 
 
-def prefer_cached(
-    options: CachePrior, config: RouterConfig, logits: torch.Tensor, bias: torch.Tensor | None, cached: torch.Tensor,
-    spread: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Rows that each have a cache of their own: logits [S, E], choice bias [E] or [S, E], what is in the row's cache
-    [S, E] (0 or 1, changed here), its mean spread [S, 1].
-
-    Returns the experts [S, K], the stock choice [S, K] and all true scores [S, E].
-    """
-    stock, scores = choose(config, logits, bias)
-    cached.scatter_(1, stock[:, : options.top_j], 1.0)
-    raised = raise_logits(options, config, logits, spread)
-    experts, _ = choose(config, torch.where(cached > 0, raised, logits), bias)
-    return experts, stock, scores
-
-
-class Residents(Protocol):
+class HeldExperts(Protocol):
     """What cache-prior routing asks the cache."""
 
-    def residents(self, layer: int) -> set[int]: ...
+    def held(self, layer: int) -> Array:
+        """Which experts of a layer are in it: bool [E]."""
+        ...
 
 
 class CachePriorRouter:
     """A router whose choice for single tokens leans towards what is in the cache. `agreement` tells how much."""
 
-    def __init__(self, router: Router, cache: Residents, options: CachePrior) -> None:
+    def __init__(self, router: Router, cache: HeldExperts, options: CachePrior) -> None:
         """Raises UsageError for options that cannot be."""
         options.check(router.config.top_k)
-        self.config, self.biases, self.options = router.config, router.biases, options
+        self.config, self.options = router.config, options
+        self._biases = {layer: bias.cpu().numpy() for layer, bias in router.biases.items()}
         self._router, self._cache = router, cache
         self.begin()
 
@@ -150,20 +125,34 @@ class CachePriorRouter:
         """Of the experts chosen for single tokens of this sequence, the share that stock routing chooses, too."""
         return self._same / self._asked if self._asked else None
 
-    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, layer: int, h: torch.Tensor) -> Routed:
         """As Router.route; only a single row may be routed away from the stock choice."""
+        if len(h) == 1 and self.options.strength > 0:
+            return self._lean(layer, h)
+        routed = self._router.route(layer, h)
+        self._spread(layer, routed.logits.cpu().numpy())
+        if len(h) == 1:
+            self._count(self.config.top_k)
+        return routed
+
+    def _lean(self, layer: int, h: torch.Tensor) -> Routed:
         logits = self._router.logits(layer, h)
-        spread = self._spreads[layer].update(logits)
-        bias = self.biases.get(layer)
-        if len(h) > 1:
-            experts, scores = choose(self.config, logits, bias)
-        else:
-            cached = torch.zeros_like(logits)
-            cached[0, list(self._cache.residents(layer))] = 1.0
-            experts, stock, scores = prefer_cached(self.options, self.config, logits, bias, cached, spread)
-            self._same += len(set(experts[0].tolist()) & set(stock[0].tolist()))
-            self._asked += experts.shape[1]
-        weights = weigh(self.config, scores, experts)
+        rows = logits.cpu().numpy()
+        spread = self._spread(layer, rows)
+        held = self._cache.held(layer)[None]
+        found = prefer_cached(self.options, self.config, rows, self._biases.get(layer), held, spread)
+        self._count(len({*found.experts[0].tolist()} & {*found.stock[0].tolist()}))
+        weights = torch.from_numpy(weigh(self.config, found.scores, found.experts)).to(h.device)
+        routed = Routed(torch.from_numpy(found.experts).to(h.device), weights, logits)
         if self.observer is not None:
-            self.observer(layer, h, logits, experts, weights)
-        return experts, weights
+            self.observer(layer, h, logits, routed.experts, weights)
+        return routed
+
+    def _spread(self, layer: int, logits: Array) -> Array:
+        """Of the sequence so far, [1, 1]; only one of the scalings asks for it."""
+        return self._spreads[layer].update(logits) if self.options.scaling == "mean" else _NONE
+
+    def _count(self, same: int) -> None:
+        """A token was routed here; so many of its experts are the router's own choice."""
+        self._same += same
+        self._asked += self.config.top_k

@@ -132,17 +132,18 @@ class Decoder:
         in that order, so the result does not depend on what was in the cache.
         """
         begin = time.monotonic_ns()
-        chosen, weights = self.router.route(layer, h)
-        places = _places(chosen)
+        routed = self.router.route(layer, h)
+        self.cache.saw(layer, routed.logits, routed.experts)
+        places = _places(routed.experts)
         self._timing.routing += time.monotonic_ns() - begin
-        outputs = torch.empty(*chosen.shape, h.shape[-1], dtype=torch.float32, device=h.device)
+        outputs = torch.empty(*routed.experts.shape, h.shape[-1], dtype=torch.float32, device=h.device)
         with self.cache.fetch(layer, list(places)) as request:
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
             begin = time.monotonic_ns()
             for expert, slot in request:
                 rows, ranks = places[expert]
                 outputs[rows, ranks] = self._backend.run_expert(h[rows], slot)
-        mixed = (outputs * weights[..., None]).sum(dim=1)
+        mixed = (outputs * routed.weights[..., None]).sum(dim=1)
         if shared is not None:
             mixed += shared
         self._timing.expert += time.monotonic_ns() - begin

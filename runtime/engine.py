@@ -217,6 +217,11 @@ class Engine:
         changes = {f"prior_{field}": value for field, value in facts.items()}
         self.options = replace(self.options, router=name, routing="cache-prior" if prior else "stock", **changes)
 
+    def use_policy(self, policy: str) -> None:
+        """Empty the expert cache and let experts make room by another policy. Raises UsageError for an unknown one."""
+        self._assembly.cache.use_policy(policy)
+        self.options, self._warm = replace(self.options, policy=policy), False
+
     def replay(self, steps: Steps) -> None:
         """Route as recorded, from the first token of the next sequence on; `use_router` ends it.
 

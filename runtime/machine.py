@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -12,9 +13,12 @@ from typing import Any
 
 
 def describe() -> dict[str, Any]:
-    """Device, kernel, power mode, versions and commit; what cannot be found out is None."""
+    """Device, cores, kernel, power mode, versions and commit; what cannot be found out is None."""
+    usable, cores = core_counts()
     return {
         "device": device_name(),
+        "cores": cores,
+        "usable_cores": usable,
         "kernel": platform.release(),
         "power_mode": power_mode(),
         "python": platform.python_version(),
@@ -34,6 +38,11 @@ def device_name(root: Path = Path("/")) -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def core_counts() -> tuple[int, int | None]:
+    """Processor cores that this process may run on (taskset and cpusets bind it), and those of the machine."""
+    return len(os.sched_getaffinity(0)), os.cpu_count()
 
 
 def power_mode() -> str | None:

@@ -82,7 +82,9 @@ class Assembly:
                 self.loader = Loader(storage, bundle.blob_checksums(), layout.file_bytes, options.read_threads)
                 unread.pop_all()
             held.callback(self._close_loader)
-            self.cache = ExpertCache(config.moe_layers, self.arena, self.loader, options.policy, options.scope)
+            self.cache = ExpertCache(
+                config.moe_layers, config.router, self.arena, self.loader, options.policy, options.scope
+            )
             kv_cache = KVCache(config, resolved.context, DTYPES[resolved.dtype], self.backend.device)
             routing = self.routing(self.router, options.prior)
             self.decoder = Decoder(config, self.backend, routing, self.cache, kv_cache)

@@ -6,10 +6,14 @@ A key is anything hashable. `victim` gets the keys that must stay (pinned, or st
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable
-from typing import Protocol
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from runtime.errors import UsageError
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Policy(Protocol):
@@ -27,7 +31,7 @@ class Policy(Protocol):
         """A key gives its slot back."""
         ...
 
-    def victim(self, keep: Container[Hashable]) -> Hashable | None:
+    def victim(self, keep: Collection[Hashable]) -> Hashable | None:
         """The key that should leave next, or None when all must stay."""
         ...
 
@@ -47,7 +51,7 @@ class LRU:
     def remove(self, key: Hashable) -> None:
         del self._order[key]
 
-    def victim(self, keep: Container[Hashable]) -> Hashable | None:
+    def victim(self, keep: Collection[Hashable]) -> Hashable | None:
         return next((key for key in self._order if key not in keep), None)
 
 
@@ -78,7 +82,7 @@ class _Counting:
     def remove(self, key: Hashable) -> None:
         del self._uses[key], self._last[key]
 
-    def victim(self, keep: Container[Hashable]) -> Hashable | None:
+    def victim(self, keep: Collection[Hashable]) -> Hashable | None:
         candidates = [key for key in self._uses if key not in keep]
         return min(candidates, key=self._score, default=None)
 
@@ -100,11 +104,43 @@ class LFRU(_Counting):
         return self._uses[key] / (self._now - self._last[key] + 1), self._last[key]
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU, "fifo": FIFO}
+class GateAware:
+    """Least in demand, by what the gate gave an expert and how often it was used (runtime/demand.py)."""
+
+    def __init__(self, keys: Sequence[Hashable], demand: Array) -> None:
+        """`demand` [len(keys)] is looked at anew for every victim."""
+        self._keys, self._demand = keys, demand
+        self._place = {key: place for place, key in enumerate(keys)}
+        self._absent = np.ones(len(keys), dtype=bool)
+
+    def insert(self, key: Hashable) -> None:
+        self._absent[self._place[key]] = False
+
+    def touch(self, key: Hashable) -> None:
+        pass
+
+    def remove(self, key: Hashable) -> None:
+        self._absent[self._place[key]] = True
+
+    def victim(self, keep: Collection[Hashable]) -> Hashable | None:
+        demand = np.where(self._absent, np.inf, self._demand)
+        demand[[self._place[key] for key in keep]] = np.inf
+        least = int(demand.argmin())
+        return None if demand[least] == np.inf else self._keys[least]
 
 
-def make_policy(name: str) -> Policy:
-    """A fresh policy by name. Raises UsageError naming the known ones."""
-    if name not in POLICIES:
+GATE = "gate"
+_PLAIN: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU, "fifo": FIFO}
+POLICIES = (*_PLAIN, GATE)
+
+
+def make_policy(name: str, keys: Sequence[Hashable], demand: Array) -> Policy:
+    """A fresh policy by name, for experts with these keys; `demand` [len(keys)] of each of them is kept by the caller.
+
+    Raises UsageError naming the known ones.
+    """
+    if name == GATE:
+        return GateAware(keys, demand)
+    if name not in _PLAIN:
         raise UsageError(f"unknown policy {name!r} (known: {', '.join(POLICIES)})")
-    return POLICIES[name]()
+    return _PLAIN[name]()

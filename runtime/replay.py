@@ -18,7 +18,7 @@ import torch
 
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
-from runtime.router import Observer, Router, choose, weigh
+from runtime.router import Observer, Routed, Router, choose, weigh
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -79,7 +79,7 @@ class ReplayRouter:
         """A new sequence starts: back to the first row."""
         self._next = dict.fromkeys(self._recorded, 0)
 
-    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, layer: int, h: torch.Tensor) -> Routed:
         """The next S rows of the layer for h [S, H]: experts [S, K] int64 and weights [S, K] fp32.
 
         Raises UsageError when the recording has no more of them.
@@ -94,7 +94,7 @@ class ReplayRouter:
         experts, weights = (values[start:end] for values in self._recorded[layer])
         if self.observer is not None:
             self.observer(layer, h, logits, experts, weights)
-        return experts, weights
+        return Routed(experts, weights, logits)
 
 
 def _shape(experts: int, top_k: int, layers: tuple[int, ...]) -> str:

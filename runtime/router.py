@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +26,14 @@ from runtime.router_file import check_base, gates_sha256, load_router
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+class Routed(NamedTuple):
+    """S tokens of a layer: `experts` [S, K] int64 and `weights` [S, K] fp32, the best first; `logits` [S, E] fp32."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor
+
+
 class Routing(Protocol):
     """What the decoder asks a router."""
 
@@ -35,8 +43,8 @@ class Routing(Protocol):
         """A new sequence starts."""
         ...
 
-    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""
+    def route(self, layer: int, h: torch.Tensor) -> Routed:
+        """Send h [S, H] to experts."""
         ...
 
 
@@ -82,14 +90,14 @@ class Router:
     def begin(self) -> None:
         """A new sequence starts: nothing to forget."""
 
-    def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h [S, H] to experts [S, K] int64 and weights [S, K] fp32, the best first."""
+    def route(self, layer: int, h: torch.Tensor) -> Routed:
+        """Send h [S, H] to experts."""
         logits = self.logits(layer, h)
         experts, scores = choose(self.config, logits, self.biases.get(layer))
         weights = weigh(self.config, scores, experts)
         if self.observer is not None:
             self.observer(layer, h, logits, experts, weights)
-        return experts, weights
+        return Routed(experts, weights, logits)
 
     def logits(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         """h [S, H] to gate logits [S, E] fp32."""

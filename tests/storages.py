@@ -12,6 +12,7 @@ import xxhash
 
 from runtime.arena import Arena
 from runtime.cache import ExpertCache, Scope
+from runtime.config import RouterConfig
 from runtime.layout import expert_identity
 from runtime.loader import Loader
 
@@ -96,4 +97,10 @@ def make_cache(
     blob_bytes = len(storage.blobs[0, 0])
     loader = Loader(storage, storage.checksums(), blob_bytes, threads, deadline_s, compiled)
     arena = Arena(slots, blob_bytes, blob_bytes)
-    return ExpertCache(range(layers), arena, loader, policy, scope), loader
+    rules = RouterConfig(num_experts=1 + max(expert for _, expert in storage.blobs), top_k=1)
+    return ExpertCache(range(layers), rules, arena, loader, policy, scope), loader
+
+
+def residents(cache: ExpertCache, layer: int) -> set[int]:
+    """Experts of a layer that are in the cache now."""
+    return set(cache.held(layer).nonzero()[0].tolist())

@@ -51,10 +51,12 @@ def random_trace(
 def written_trace(
     rows: Sequence[Sequence[Sequence[int]]], experts: int, requests: Sequence[int] | None = None
 ) -> Trace:
-    """A teacher-forced trace of rows[token][layer] = experts, the best first."""
+    """A teacher-forced trace of rows[token][layer] = experts, the best first; of the others all logits are equal."""
     chosen = np.array(rows)
     n, layers, top_k = chosen.shape
+    logits = np.zeros((n, layers, experts))
+    np.put_along_axis(logits, chosen, np.arange(top_k, 0, -1.0), axis=-1)
     of = np.zeros(n, int) if requests is None else np.array(requests)
     positions = np.arange(n) - np.array([int(np.flatnonzero(of == r)[0]) for r in of])
-    block = Block(chosen, np.full(chosen.shape, 0.5), np.arange(n), of, positions, np.ones(n))
+    block = Block(chosen, np.full(chosen.shape, 0.5), np.arange(n), of, positions, np.ones(n), logits)
     return Trace.from_blocks(make_info(layers, experts, top_k, kind="teacher-forced"), [block])

@@ -11,7 +11,7 @@ import pytest
 from runtime import native
 from runtime.errors import ReadError
 from runtime.reading import CHUNK_BYTES, cut
-from tests.storages import FaultyStorage, MemoryStorage, make_cache
+from tests.storages import FaultyStorage, MemoryStorage, make_cache, residents
 
 BLOB = 3 * 4096
 
@@ -54,7 +54,7 @@ def test_a_bad_blob_fails_its_request_and_only_that(kind: str, bad: int, compile
     assert storage.fired >= 2
     storage.fault = lambda *_: None
     fetch(storage, cache, [0, 1, 2, 3])
-    assert cache.residents(0) == {0, 1, 2, 3}
+    assert residents(cache, 0) == {0, 1, 2, 3}
     loader.close()
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfi
 from runtime.errors import EdgeError, UsageError
 from runtime.records import TokenRecord
 
+ROOT = Path(__file__).parents[2]
 COSTS = PartCosts(head_s=5.0, block_s=1.0, shared_s=0.5, expert_s=0.25)
 DISK = Disk(blob_bytes=2_000_000, bytes_per_s=1_000_000.0)  # 2 s per blob
 
@@ -106,6 +111,19 @@ def test_rivals_take_turns() -> None:
     assert interleaved(rivals, 2) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
     assert order == ["a", "b", "a", "b"]
     assert median_seconds([], 3) == 0.0
+
+
+def test_a_bound_shell_is_seen_on_stderr_and_in_the_result(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "from bench.common import conclude, run_main; run_main(lambda: conclude('x', {}))"
+    core = min(os.sched_getaffinity(0))
+    bind = partial(os.sched_setaffinity, 0, {core})
+    subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=True, preexec_fn=bind)
+    out, err = capfd.readouterr()
+    count = os.cpu_count()
+    assert f"bench: may run on 1 of {count} cores" in err
+    assert ("bound" in err) == (count != 1)
+    machine = json.loads(out)["machine"]
+    assert (machine["usable_cores"], machine["cores"]) == (1, count)
 
 
 def test_slots_in_words() -> None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.cache import ExpertCache
-from runtime.policies import POLICIES
-from tests.storages import MemoryStorage, make_cache
+from runtime.policies import POLICIES, make_policy
+from tests.storages import MemoryStorage, make_cache, residents
 
 EXPERTS, BLOB = 6, 8192
 STORAGE = MemoryStorage(layers=2, experts=EXPERTS, blob_bytes=BLOB)
@@ -49,7 +49,7 @@ def test_lru_keeps_what_was_used_last() -> None:
     cache, loader = make_cache(STORAGE, layers=2, slots=4)
     for experts in ([0, 1], [0, 2], [2, 3]):
         consume(cache, 0, experts)
-    assert cache.residents(0) == {2, 3}
+    assert residents(cache, 0) == {2, 3}
     assert cache.take_stats().hits == [2, 0]
     loader.close()
 
@@ -58,7 +58,7 @@ def test_shared_scope_moves_slots_between_layers() -> None:
     cache, loader = make_cache(STORAGE, layers=2, slots=4, scope="shared")
     consume(cache, 0, [0, 1, 2, 3])
     consume(cache, 1, [4])
-    assert (cache.residents(0), cache.residents(1)) == ({1, 2, 3}, {4})
+    assert (residents(cache, 0), residents(cache, 1)) == ({1, 2, 3}, {4})
     loader.close()
 
 
@@ -88,7 +88,8 @@ class PlainCache:
     """The definition of a per-layer cache in a few lines: hits are touched, then misses enter, in request order."""
 
     def __init__(self, slots: int, policy: str) -> None:
-        self.policy, self.slots, self.inside = POLICIES[policy](), slots, set[int]()
+        self.policy = make_policy(policy, range(EXPERTS), np.zeros(EXPERTS))
+        self.slots, self.inside = slots, set[int]()
 
     def request(self, experts: list[int]) -> tuple[int, int]:
         hits = [e for e in experts if e in self.inside]
@@ -119,5 +120,5 @@ def test_agrees_with_the_plain_cache(requests: list[list[int]], slots: int, poli
         consume(cache, 0, experts)
         stats = cache.take_stats()
         assert (stats.hits[0], stats.misses[0]) == plain.request(experts)
-        assert cache.residents(0) == plain.inside
+        assert residents(cache, 0) == plain.inside
     loader.close()

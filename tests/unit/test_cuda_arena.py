@@ -12,6 +12,7 @@ import pytest
 
 from runtime.bounce import BounceStorage, reachable
 from runtime.cache import ExpertCache
+from runtime.config import RouterConfig
 from runtime.cuda import arena as arena_module
 from runtime.cuda.arena import CudaArena
 from runtime.cuda.driver import Gpu
@@ -42,7 +43,7 @@ def run(cuda: FakeCuda, kind: type[CudaArena], per_layer: int, steps: int = 60) 
     storage = MemoryStorage(LAYERS, EXPERTS, BLOB)
     loader = Loader(storage, storage.checksums(), BLOB, 2)
     arena = make(cuda, LAYERS * per_layer, kind)
-    cache = ExpertCache(range(LAYERS), arena, loader, "lru", "layer")
+    cache = ExpertCache(range(LAYERS), RouterConfig(EXPERTS, 1), arena, loader, "lru", "layer")
     seen: list[tuple[bytes, bytes]] = []
     chooser = random.Random(1)
     for step in range(steps):

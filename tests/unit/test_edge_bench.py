@@ -373,3 +373,16 @@ def test_never_writes_over_a_run(edge: Edge, tmp_path: Path) -> None:
     done = edge(*ROUTERS)
     assert done.code == 2 and "a run never writes over another one" in done.err
     assert done.lines == [{"type": "kept"}]
+
+
+def test_policies_are_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy answers of one router under two policies are equal, so misses may differ and nothing else."""
+    words = ["bench", str(folder / "b.bundle"), *SLOTS, "--prompts", "2", "--new-tokens", "12", "--json"]
+    assert main([*words, "--policy", "gate", "--policy", "fifo"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["names"] == ["base, gate", "base, fifo"]
+    assert [setting["policy"] for setting in report["settings"]] == ["gate", "fifo"]
+    assert len({setting["overlap"] for setting in report["settings"]}) == 1
+    assert report["settings"][0]["misses_per_token"] != report["settings"][1]["misses_per_token"]
+    assert main([*words, "--overlap", "0.2", "--policy", "gate"]) == 2
+    assert "which needs a real router" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_text_in_text_out_equals_ids(bundle: Path) -> None:
         ({"expert_memory_bytes": 100_000}, "layers x 3 slots"),
         ({"expert_memory_bytes": 100_000, "scope": "shared"}, "smaller than one token cycle of 9"),
         ({"slots_per_layer": 4, "context": 1 << 20}, "this model allows 256 tokens"),
-        ({"slots_per_layer": 4, "policy": "belady"}, "unknown policy 'belady' \\(known: lru, lfu, lfru, fifo\\)"),
+        ({"slots_per_layer": 4, "policy": "belady"}, "unknown policy 'belady' \\(known: lru, lfu, lfru, fifo, gate\\)"),
         ({"slots_per_layer": 4, "dtype": "int8"}, "unknown dtype 'int8'"),
         ({"slots_per_layer": 4, "router": "chat"}, "no router 'chat' \\(in the bundle: base"),
         ({"slots_per_layer": 4, "backend": "tensorrt"}, "TensorRT|no NVIDIA GPU"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from runtime.errors import UsageError
-from runtime.policies import LFRU, LFU, LRU, POLICIES, make_policy
+from runtime.policies import LFRU, LFU, LRU, POLICIES, GateAware, make_policy
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_victim_is_resident_and_not_kept(name: str) -> None:
-    policy = make_policy(name)
+    policy = make_policy(name, "abc", np.zeros(3))
     assert policy.victim(set()) is None
     for key in "abc":
         policy.insert(key)
@@ -53,6 +54,19 @@ def test_lfru_lets_old_frequency_fade() -> None:
     assert policy.victim(set("cdefg")) == "a"  # 0.44 is less than h's 0.5
 
 
+def test_the_gate_aware_policy_looks_at_the_demand_of_the_moment() -> None:
+    demand = np.array([0.5, 0.2, 0.9, 0.1])
+    policy = GateAware("abcd", demand)
+    for key in "abc":
+        policy.insert(key)
+    assert policy.victim(set()) == "b"  # d is less in demand, but not here
+    demand[:] = [0.1, 0.2, 0.9, 0.1]
+    assert policy.victim(set()) == "a"
+    assert policy.victim({"a"}) == "b"
+    policy.remove("a")
+    assert policy.victim(set()) == "b"
+
+
 def test_unknown_policy_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="unknown policy 'belady' \\(known: lru, lfu, lfru, fifo\\)"):
-        make_policy("belady")
+    with pytest.raises(UsageError, match="unknown policy 'belady' \\(known: lru, lfu, lfru, fifo, gate\\)"):
+        make_policy("belady", [], np.zeros(0))

@@ -6,14 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from export.exporter import export_bundle
-from runtime.cache_prior import CachePrior, CachePriorRouter, Spread, prefer_cached, raise_logits
+from runtime.cache_prior import CachePrior, CachePriorRouter, raise_logits
 from runtime.config import RouterConfig
 from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.errors import UsageError
+from runtime.prior_rows import Array, Spread, prefer_cached
 from runtime.router import Router
 from tests.checkpoints import make_checkpoint
 from tests.unit.test_router import config
@@ -28,14 +30,14 @@ class Cache:
     def __init__(self, *experts: int) -> None:
         self.experts = set(experts)
 
-    def residents(self, layer: int) -> set[int]:
-        return self.experts
+    def held(self, layer: int) -> Array:
+        return np.isin(np.arange(4), list(self.experts))
 
 
 def prefer(options: CachePrior, cached: list[int], rules: RouterConfig | None = None, spread: float = 4.0) -> list[int]:
-    mask = torch.zeros(1, 4)
-    mask[0, cached] = 1.0
-    experts, _, _ = prefer_cached(options, rules or RouterConfig(4, 2), LOGITS, None, mask, torch.tensor([[spread]]))
+    mask = np.isin(np.arange(4), cached)[None]
+    rules = rules or RouterConfig(4, 2)
+    experts, _, _ = prefer_cached(options, rules, LOGITS.numpy(), None, mask, np.array([[spread]]))
     return experts[0].tolist()
 
 
@@ -78,11 +80,11 @@ def test_by_energy_a_sigmoid_score_stays_a_score() -> None:
 
 def test_the_mean_spread_runs_over_a_sequence() -> None:
     spread = Spread()
-    assert spread.update(torch.tensor([[0.0, 4.0], [1.0, 3.0]])).tolist() == [[3.0]]
-    assert spread.update(torch.tensor([[0.0, 9.0]])).tolist() == [[5.0]]
+    assert spread.update(np.array([[0.0, 4.0], [1.0, 3.0]])).tolist() == [[3.0]]
+    assert spread.update(np.array([[0.0, 9.0]])).tolist() == [[5.0]]
     per_row = Spread()
-    per_row.update(torch.tensor([[0.0, 4.0], [1.0, 3.0]]), together=False)
-    assert per_row.update(torch.tensor([[0.0, 2.0], [0.0, 6.0]]), together=False).tolist() == [[3.0], [4.0]]
+    per_row.update(np.array([[0.0, 4.0], [1.0, 3.0]]), together=False)
+    assert per_row.update(np.array([[0.0, 2.0], [0.0, 6.0]]), together=False).tolist() == [[3.0], [4.0]]
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -90,7 +92,7 @@ def test_weights_are_those_of_the_true_logits(normalise: bool) -> None:
     rules = RouterConfig(4, 2, normalise=normalise)
     stock = Router(config(rules), {"layer_00.weight": torch.eye(4)}, torch.device("cpu"))
     router = CachePriorRouter(stock, Cache(2), CachePrior(0.2))
-    experts, weights = router.route(0, LOGITS)
+    experts, weights, _ = router.route(0, LOGITS)
     scores = LOGITS.softmax(-1)[0, experts[0]]
     assert experts.tolist() == [[0, 2]]
     assert weights[0].tolist() == pytest.approx((scores / scores.sum() if normalise else scores).tolist())

@@ -346,19 +346,20 @@ def test_simulated_tables_and_curves(bundle: Path, tmp_path: Path, capsys: pytes
     assert edge("simulate", out, "--plot", plot, "--device", "orin-nx-16gb") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "policy"
-    assert len(lines) == 1 + 5 * 5  # sizes 3, 4, 5, 6, 9
+    assert len(lines) == 1 + 6 * 5  # sizes 3, 4, 5, 6, 9
     assert plot.read_text().lstrip().startswith("<?xml")
     assert edge("simulate", out, "--scope", "shared", "--slots", "6", "12", "--cache", "warm", "--json") == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [(r["policy"], r["slots"]) for r in results] == [
-        (policy, slots) for slots, policy in itertools.product((6, 12), ("lru", "lfu", "lfru", "fifo", "belady"))
+        (policy, slots)
+        for slots, policy in itertools.product((6, 12), ("lru", "lfu", "lfru", "fifo", "gate", "belady"))
     ]
     assert all(0 < r["share_of_optimum"] <= 1 for r in results)
     assert edge("simulate", out, "--slots", "4", "--routing", "cache-prior", "--prior-strength", "1", "--json") == 0
     captured = capsys.readouterr()
     prior = json.loads(captured.out)["results"]
     assert "open loop" in captured.err
-    assert [r["policy"] for r in prior] == ["lru", "lfu", "lfru", "fifo"]
+    assert [r["policy"] for r in prior] == ["lru", "lfu", "lfru", "fifo", "gate"]
     assert all(r["agreement"] < 1 and r["share_of_optimum"] <= 1 for r in prior)
 
 
@@ -369,7 +370,8 @@ def test_simulated_tables_and_curves(bundle: Path, tmp_path: Path, capsys: pytes
         (["{here}/broken"], "not a trace"),
         (["{trace}", "--slots", "2"], "2 slots per layer cannot hold the top 3"),
         (["{trace}", "--scope", "shared", "--slots", "5"], "smaller than one token cycle of 6"),
-        (["{trace}", "--policy", "clock"], "unknown policy 'clock' (known: lru, lfu, lfru, fifo, belady)"),
+        (["{trace}", "--policy", "clock"], "unknown policy 'clock' (known: lru, lfu, lfru, fifo, gate, belady)"),
+        (["{trace}", "--policy", "gate"], "record it with `edge trace --logits`"),
         (["{trace}", "--routing", "cache-prior"], "record it with `edge trace --logits`"),
         (["{trace}", "--prior-top-j", "2"], "need --routing cache-prior"),
         (["{trace}", "--plot", "x.gif"], "ends in .svg or .png"),
@@ -381,7 +383,8 @@ def test_simulate_refuses_what_cannot_be(
 ) -> None:
     from tests.traces import written_trace
 
-    written_trace([[[0, 1, 2], [3, 4, 5]]] * 4, 6).save(tmp_path / "t.trace.safetensors")
+    plain = dataclasses.replace(written_trace([[[0, 1, 2], [3, 4, 5]]] * 4, 6), logits=None)
+    plain.save(tmp_path / "t.trace.safetensors")
     (tmp_path / "broken").write_bytes(b"x" * 100)
     said = [word.format(here=tmp_path, trace=tmp_path / "t.trace.safetensors") for word in words]
     assert edge("simulate", *said) == 2

@@ -108,7 +108,7 @@ def test_transformers_routes_with_it_as_our_engine_does(tuned: dict[str, Any], t
     with closing(Bundle.open(tuned["folder"] / "bundle")) as bundle:
         router = Router.load(bundle, str(tuned["router"]), torch.device("cpu"))
     for layer, (h, experts) in zip(config.moe_layers, seen, strict=True):
-        ours, _ = router.route(layer, h.reshape(-1, config.hidden_size))
+        ours, _, _ = router.route(layer, h.reshape(-1, config.hidden_size))
         assert ours.sort(-1).values.equal(experts.sort(-1).values)
     with torch.no_grad():
         wanted = model.generate(

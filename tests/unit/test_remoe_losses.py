@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,11 @@ from remoe import losses
 from remoe.cache_model import Prior, choose_with_prior, lru_contents, misses
 from remoe.objective import LAYER_TERMS, Objective, Routed, combine, layer_terms, routing_numbers
 from remoe.routing import as_mask, choose, expert_overlap, log_distribution, weigh
-from runtime.cache_prior import CachePrior, Spread, prefer_cached
+from runtime.cache_prior import CachePrior
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
 from runtime.policies import LRU
+from runtime.prior_rows import Spread, prefer_cached
 
 ROUTER = RouterConfig(num_experts=6, top_k=2)
 SEGMENTS = torch.tensor([3] * 7 + [5] * 4 + [6] + [7] * 3)  # documents of 7, 4, 1 and 3 tokens
@@ -275,13 +277,14 @@ def test_the_prior_is_the_engines_rule(router: RouterConfig, scaling: str) -> No
     """The engine's own function and policy class, one token after another, a fresh cache per document."""
     z = logits(3, 1)[0].float()
     bias = torch.linspace(-0.1, 0.1, 6) if router.choice_bias else None
+    bias_row = None if bias is None else bias.numpy()
     options = CachePrior(0.5, 1, scaling)  # type: ignore[arg-type]
     wanted = []
     for document in DOCUMENTS:
         policy, resident, spread = LRU(), set(), Spread()
         for t in document:
-            cached = torch.tensor([[float(e in resident) for e in range(6)]])
-            experts, _, _ = prefer_cached(options, router, z[t : t + 1], bias, cached, spread.update(z[t : t + 1]))
+            cached, row = np.array([[e in resident for e in range(6)]]), z[t : t + 1].numpy()
+            experts, _, _ = prefer_cached(options, router, row, bias_row, cached, spread.update(row))
             wanted.append(experts[0].tolist())
             _use(policy, resident, wanted[-1], 3)
     assert choose_with_prior(router, z, bias, SEGMENTS, Prior(options, 3)).tolist() == wanted

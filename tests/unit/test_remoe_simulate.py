@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from runtime.errors import BudgetError, UsageError
 from runtime.policies import FIFO, POLICIES, make_policy
 from runtime.records import TokenRecord
 from tests.checkpoints import make_checkpoint
-from tests.storages import MemoryStorage, make_cache
+from tests.storages import MemoryStorage, make_cache, residents
 from tests.traces import random_trace, written_trace
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20], [5, 6, 90, 91, 92, 93]]
@@ -79,7 +80,7 @@ def test_agrees_with_the_engine(bundles: dict[str, Path], policy: str, scope: An
         slots = {"slots_per_layer": 5} if scope == "layer" else {"shared_slots": engine.slots.total}
         for cold in (True, False):
             engine.empty_cache()
-            trace, records = counted(engine, cold)
+            trace, records = counted(engine, cold, logits=policy == "gate")
             assert_same(simulate(trace, Setting(policy, **slots, cold=cold)), trace, records)
 
 
@@ -161,14 +162,14 @@ STORAGE = UnevenStorage(layers=1, experts=9, blob_bytes=8192)
 def test_agrees_with_the_cache_on_requests_of_any_size(requests: list[list[int]], slots: int, policy: str) -> None:
     """Also on those for more experts than there are slots, whose reads land in any order."""
     cache, loader = make_cache(STORAGE, layers=1, slots=slots, policy=policy, threads=4)
-    pool = PolicyPool(slots, make_policy(policy))
+    pool = PolicyPool(slots, make_policy(policy, range(9), np.zeros(9)))
     for keys in requests:
         cache.take_stats()
         with cache.fetch(0, keys) as request:
             for _ in request:
                 pass
         assert pool.request(keys) == cache.take_stats().misses[0]
-        assert pool.resident == cache.residents(0)
+        assert pool.resident == residents(cache, 0)
     loader.close()
 
 
@@ -287,7 +288,7 @@ def libcachesim_requests(library: Any, ids: list[int]) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
-        (Setting("opt", 3), UsageError, r"unknown policy 'opt' \(known: lru, lfu, lfru, fifo, belady\)"),
+        (Setting("opt", 3), UsageError, r"unknown policy 'opt' \(known: lru, lfu, lfru, fifo, gate, belady\)"),
         (Setting("lru", 1), BudgetError, "1 slots per layer cannot hold the top 2 experts"),
         (Setting("lru", shared_slots=3), BudgetError, r"one token cycle of 4 experts \(2 layers x top 2\): --slots 4"),
         (Setting("lru"), UsageError, "either slots per layer or slots that all layers share"),
@@ -304,7 +305,9 @@ def test_impossible_settings_are_refused(setting: Setting, error: type[Exception
 
 
 def test_a_trace_without_what_is_needed_is_refused() -> None:
-    with pytest.raises(UsageError, match="record it with `edge trace --logits`"):
-        simulate(written_trace([[[0]]], 2), Setting("lru", 1, prior=CachePrior()))
+    plain = dataclasses.replace(written_trace([[[0]]], 2), logits=None)
+    for setting in (Setting("lru", 1, prior=CachePrior()), Setting("gate", 1)):
+        with pytest.raises(UsageError, match="record it with `edge trace --logits`"):
+            simulate(plain, setting)
     with pytest.raises(UsageError, match="prompts only"):
         simulate(random_trace([(3, 0)]), Setting("lru", 3))

@@ -36,7 +36,7 @@ def route(router: RouterConfig, logits: torch.Tensor = LOGITS, bias: list[float]
     tensors = {"layer_00.weight": torch.eye(router.num_experts)}
     if bias is not None:
         tensors["layer_00.choice_bias"] = torch.tensor(bias)
-    experts, weights = Router(config(router), tensors, torch.device("cpu")).route(0, logits)
+    experts, weights, _ = Router(config(router), tensors, torch.device("cpu")).route(0, logits)
     return experts[0].tolist(), weights[0].tolist()
 
 
