@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from interop.observed import Array, Observed, Request, next_scores, stack_rows
-from remoe.gates import find_gate
+from remoe.gates import decision, find_gate
 from runtime.config import ModelConfig
 
 
@@ -22,7 +22,7 @@ def observe(request: Request, config: ModelConfig) -> Observed:
     seen: list[list[Array]] = [[] for _ in config.moe_layers]
     for rows, layer in zip(seen, config.moe_layers, strict=True):
         gate = getattr(*find_gate(model, config, layer))
-        gate.register_forward_hook(lambda m, i, out, rows=rows: rows.append(out[2].numpy()))
+        gate.register_forward_hook(lambda m, i, out, rows=rows: rows.append(decision(out)[2].numpy()))
     with torch.inference_mode():
         for text in request.texts:
             for rows in seen:

@@ -51,11 +51,12 @@ class Gate(nn.Module):
         if config.choice_bias:
             bias = _tensor(stock, "e_score_correction_bias")
         self.register_buffer("bias", bias, persistent=False)
+        self.experts_first = _experts_first(stock, weight.shape[1])
         self.tape: Tape | None = None
         self.stock = False  # route by the frozen gate
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [..., H] to gate logits [N, E], weights [N, K] and experts [N, K], as every family of transformers does."""
+        """h [..., H] to gate logits [N, E], weights [N, K] and experts [N, K], in the order of the gate it replaces."""
         h = hidden_states.reshape(-1, hidden_states.shape[-1])
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
@@ -65,6 +66,8 @@ class Gate(nn.Module):
             tape = self.tape
             if tape is not None and tape.recording:
                 self._record(tape, wide, logits, experts)
+        if self.experts_first:
+            return experts, weights.to(h.dtype), logits
         return logits, weights.to(h.dtype), experts
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -211,6 +214,34 @@ def find_gate(model: Any, config: ModelConfig, layer: int) -> tuple[nn.Module, s
             "expected 1: this version of transformers is not known, run: pip install 'remoe-edge[tune]'"
         )
     return found[0]
+
+
+def decision(outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gate of transformers returned as logits [N, E], weights [N, K] and experts [N, K], whatever its order.
+
+    Every family returns them so but GraniteMoe, whose gate began with the experts in release 5.20 and ends with them
+    in 5.23. Only experts are integers. Raises CheckpointError when it is something else.
+    """
+    kinds = [str(getattr(t, "dtype", type(t).__name__)) for t in outputs]
+    whole = [kind == "torch.int64" for kind in kinds]
+    if whole == [False, False, True]:
+        logits, weights, experts = outputs
+    elif whole == [True, False, False]:
+        experts, weights, logits = outputs
+    else:
+        raise CheckpointError(
+            f"a gate returned {', '.join(kinds)}, expected logits, weights and experts: this version of transformers "
+            "is not known, run: pip install -U 'remoe-edge[tune]'"
+        )
+    return logits, weights, experts
+
+
+def _experts_first(stock: nn.Module, hidden: int) -> bool:
+    """Does this gate return the experts first? Asked of its forward itself, past whatever hooks it has."""
+    probe = next(stock.parameters()).new_zeros(1, hidden)
+    with torch.no_grad():
+        outputs = stock.forward(probe)
+    return decision(outputs)[2] is outputs[0]
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from export.families import parse_config
 from export.hf import export_hf
 from export.settings import ExportOptions
 from export.source import read_config
-from remoe.gates import find_gate
+from remoe.gates import decision, find_gate
 from runtime.bundle import Bundle
 from runtime.config import ModelConfig
 from runtime.engine import Engine, EngineOptions, GenerateOptions
@@ -101,7 +101,7 @@ def test_transformers_routes_with_it_as_our_engine_does(tuned: dict[str, Any], t
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in config.moe_layers:
         gate = getattr(*find_gate(model, config, layer))
-        gate.register_forward_hook(lambda m, i, o: seen.append((i[0].detach(), o[2])))
+        gate.register_forward_hook(lambda m, i, o: seen.append((i[0].detach(), decision(o)[2])))
     prompt = [5, 6, 7, 8, 9, 10]
     with torch.no_grad():
         model(torch.tensor([prompt]))

@@ -10,12 +10,12 @@ import torch
 
 from export.families import parse_config
 from export.source import read_config
-from remoe.gates import Gates, Tape, find_gate
+from remoe.gates import Gate, Gates, Tape, decision, find_gate
 from remoe.head import IGNORED, head_losses
 from remoe.objective import Objective, combine, layer_terms
 from remoe.texts import batch, pack
 from remoe.tune import last_hidden
-from runtime.config import ModelConfig
+from runtime.config import ModelConfig, RouterConfig
 from runtime.errors import CheckpointError, UsageError
 from runtime.layout import router_tensors
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint
@@ -34,7 +34,7 @@ def test_installed_gates_route_as_the_family_does(loaded: tuple[Any, ModelConfig
     ids = torch.arange(3, 43)[None]
     stock = [getattr(*find_gate(model, config, layer)) for layer in config.moe_layers]
     seen: list[tuple[torch.Tensor, ...]] = []
-    hooks = [gate.register_forward_hook(lambda m, i, o: seen.append((i[0], *o))) for gate in stock]
+    hooks = [gate.register_forward_hook(lambda m, i, o: seen.append((i[0], *decision(o)))) for gate in stock]
     with torch.no_grad():
         wanted = model(ids).logits
     gates = Gates(model, config)
@@ -44,7 +44,7 @@ def test_installed_gates_route_as_the_family_does(loaded: tuple[Any, ModelConfig
         for hook in hooks:
             hook.remove()
         for gate, (h, logits, weights, experts) in zip(gates.modules, seen, strict=True):
-            ours = gate(h)
+            ours = decision(gate(h))
             torch.testing.assert_close(ours[0], logits)
             order = experts.argsort(-1)  # DeepSeek does not sort
             assert ours[2].sort(-1).values.equal(experts.gather(-1, order))
@@ -55,6 +55,36 @@ def test_installed_gates_route_as_the_family_does(loaded: tuple[Any, ModelConfig
     assert routed.experts.shape == (len(config.moe_layers), 40, config.router.top_k)
     assert [getattr(*find_gate(model, config, layer)) for layer in config.moe_layers] == stock  # put back
     assert {n: tuple(t.shape) for n, t in gates.tensors().items()} == router_tensors(config)
+
+
+class Stock(torch.nn.Module):
+    """A gate whose forward returns its outputs in another order, or others."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4))
+        self.order = order
+
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = h @ self.weight.T
+        found = logits.softmax(-1).topk(2)
+        return tuple((logits, found.values, found.indices)[i] for i in self.order)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_gate_answers_in_the_order_of_the_one_it_replaces(order: tuple[int, ...]) -> None:
+    """GraniteMoe's experts moved from the first place to the last between two releases of transformers."""
+    stock, h = Stock(order), torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+    found = Gate(RouterConfig(4, 2), stock, 0)(h)
+    for ours, wanted in zip(found, stock(h), strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert decision(found)[2].tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 1, 1), (2, 1, 2)])
+def test_a_gate_that_answers_otherwise_is_refused(order: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError, match="expected logits, weights and experts: this version of transformers"):
+        Gate(RouterConfig(4, 2), Stock(order), 0)
 
 
 def test_a_gradient_reaches_every_gate_and_nothing_else(loaded: tuple[Any, ModelConfig]) -> None:
