@@ -8,7 +8,7 @@ starts with an empty cache. Shapes as in remoe/routing.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from remoe.routing import as_mask, choose
 from runtime.cache_prior import CachePrior, raise_logits
 from runtime.config import RouterConfig
+from runtime.demand import Demand
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,10 +48,11 @@ def misses(experts: Tensor, held: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prior:
-    """Cache-prior routing by the engine's rule (runtime/cache_prior.py), with an LRU cache of `slots` per layer."""
+    """Cache-prior routing by the engine's rule (runtime/cache_prior.py), with a cache of `slots` per layer."""
 
     options: CachePrior
     slots: int
+    policy: Literal["lru", "gate"] = "lru"
 
 
 def choose_with_prior(
@@ -66,7 +68,7 @@ def choose_with_prior(
         plain = config.scoring == "softmax" and bias is None and config.num_groups == 1
         bias = None if bias is None else bias.cpu()
         documents, turns = _turns(segments)
-        cache = _Recency(documents.max() + 1, config.num_experts, prior.slots)
+        cache = _contents(prior.policy, documents.max() + 1, config, prior.slots)
         chosen = np.empty((len(rows), config.top_k), dtype=np.int64)
         for turn in turns:
             held = cache.held(documents[turn])
@@ -75,8 +77,20 @@ def choose_with_prior(
                 chosen[turn] = np.argsort(-biased, axis=-1, kind="stable")[:, : config.top_k]
             else:
                 chosen[turn] = choose(config, torch.from_numpy(biased), bias).numpy()
-            cache.use(documents[turn], held, chosen[turn])
+            cache.use(documents[turn], held, chosen[turn], rows[turn])
         return torch.from_numpy(chosen).to(logits.device)
+
+
+def demand_contents(config: RouterConfig, logits: Tensor, experts: Tensor, segments: Tensor, slots: int) -> Tensor:
+    """As lru_contents, for one layer under the gate-aware policy: bool [N, E] of logits [N, E], experts [N, K]."""
+    rows, chosen = logits.detach().cpu().numpy(), experts.cpu().numpy()
+    documents, turns = _turns(segments)
+    cache = _contents("gate", documents.max() + 1, config, slots)
+    held = np.empty(rows.shape, dtype=bool)
+    for turn in turns:
+        held[turn] = cache.held(documents[turn])
+        cache.use(documents[turn], held[turn], chosen[turn], rows[turn])
+    return torch.from_numpy(held).to(experts.device)
 
 
 def biased_logits(
@@ -87,12 +101,17 @@ def biased_logits(
     return torch.where(held | _liked(config, logits, bias, prior), raised, logits)
 
 
+def _contents(policy: str, documents: int, config: RouterConfig, slots: int) -> _Recency | _ByDemand:
+    kind = _Recency if policy == "lru" else _ByDemand
+    return kind(documents, config, min(slots, config.num_experts))
+
+
 class _Recency:
     """LRU caches of one layer, one per document."""
 
-    def __init__(self, documents: int, num_experts: int, slots: int) -> None:
-        self._when = np.full((documents, num_experts), -1, dtype=np.int64)  # of the last use
-        self._now, self._slots = 0, min(slots, num_experts)
+    def __init__(self, documents: int, config: RouterConfig, slots: int) -> None:
+        self._when = np.full((documents, config.num_experts), -1, dtype=np.int64)  # of the last use
+        self._now, self._slots = 0, slots
 
     def held(self, documents: Array) -> Array:
         """bool [D, E]: the `slots` experts used last."""
@@ -100,12 +119,33 @@ class _Recency:
         oldest = np.partition(when, -self._slots, axis=-1)[:, -self._slots, None]
         return (when >= oldest) & (when >= 0)
 
-    def use(self, documents: Array, held: Array, experts: Array) -> None:
-        """A step's experts [D, K]: hits first, then misses, each in the router's order."""
+    def use(self, documents: Array, held: Array, experts: Array, logits: Array) -> None:
+        """A step's experts [D, K]: hits first, then misses, each in the router's order, whatever the logits."""
         hit = np.take_along_axis(held, experts, axis=-1)
         rank = np.where(hit, hit.cumsum(-1) - 1, hit.sum(-1, keepdims=True) + (~hit).cumsum(-1) - 1)
         self._when[documents[:, None], experts] = self._now + rank
         self._now += experts.shape[-1]
+
+
+class _ByDemand:
+    """Gate-aware caches of one layer, one per document."""
+
+    def __init__(self, documents: int, config: RouterConfig, slots: int) -> None:
+        self._demand, self._slots = Demand(documents, config), slots  # a document is what a layer is in the engine
+        self._held = np.zeros((documents, config.num_experts), dtype=bool)
+
+    def held(self, documents: Array) -> Array:
+        """bool [D, E]."""
+        return self._held[documents]
+
+    def use(self, documents: Array, held: Array, experts: Array, logits: Array) -> None:
+        """A step's experts [D, K] and logits [D, E]: those stay, and of the others the ones most in demand."""
+        for document, row, chosen in zip(documents, logits, experts, strict=True):
+            self._demand.see(document, row[None], chosen[None])
+        worth = np.where(held, self._demand.values[documents], -np.inf)
+        np.put_along_axis(worth, experts, np.inf, axis=-1)
+        least = np.partition(worth, -self._slots, axis=-1)[:, -self._slots, None]
+        self._held[documents] = (worth >= least) & (worth > -np.inf)
 
 
 def _turns(segments: Tensor) -> tuple[Array, list[Array]]:

@@ -81,7 +81,7 @@ STUDIES = {
         lr=1.2e-3,
         train_tokens=8_000,
         test_tokens=1_500,
-        strengths=Strengths(remoe=(3.0, 10.0), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.08)),
+        strengths=Strengths(remoe=(3.0, 10.0), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.08, 0.11)),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
@@ -109,7 +109,7 @@ class Runner:
         started, tensors = time.monotonic(), self._bench.gates.tensors(stock=True)
         if method.objective is not None:
             tensors = self._tuned(method, seed)
-        measured = self._bench.measure(tensors, method.prior)
+        measured = self._bench.measure(tensors, method.prior, method.policy)
         point = asdict(measured) | {"seconds": round(time.monotonic() - started, 1)}
         return {"method": method.name, "strength": method.strength, "tuned_for": method.slots, "seed": seed, **point}
 

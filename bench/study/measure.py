@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from remoe.cache_model import Prior, lru_contents, misses
+from remoe.cache_model import Prior, demand_contents, lru_contents, misses
 from remoe.gates import Gates, Tape
 from remoe.head import IGNORED, head_losses
 from remoe.pools import OptimalPool
@@ -18,6 +18,7 @@ from remoe.tune import Teacher, last_hidden
 from runtime.cache_prior import CachePrior
 
 Tensors = dict[str, torch.Tensor]
+Policy = Literal["lru", "gate"]
 _ROWS = 8  # sequences at once: choosing with a prior goes token by token, whatever their number
 
 
@@ -33,13 +34,21 @@ class Quality:
 
 @dataclass(frozen=True)
 class Measured:
-    """`misses` per token and layer for each number of slots (LRU, empty at the start of each document), and `optimum`:
-    those of Belady's rule for the same routing. With a cache-prior the routing depends on the slots, so does quality.
+    """`misses` per token and layer for each number of slots (empty at the start of each document), and `optimum`: those
+    of Belady's rule for the same routing. With a cache-prior the routing depends on the slots, so does quality.
     """
 
     quality: dict[int, Quality]
     misses: dict[int, float]
     optimum: dict[int, float]
+
+
+class Chosen(NamedTuple):
+    """A batch: `experts` [L, N, K] and `logits` [L, N, E] of every layer, `segments` [N] the tokens' documents."""
+
+    experts: torch.Tensor
+    logits: torch.Tensor
+    segments: torch.Tensor
 
 
 class Bench:
@@ -49,25 +58,21 @@ class Bench:
         self.gates, self.text, self.slots = gates, text, slots
         self._teacher = Teacher()
 
-    def measure(self, tensors: Tensors, prior: CachePrior | None = None) -> Measured:
+    def measure(self, tensors: Tensors, prior: CachePrior | None = None, policy: Policy = "lru") -> Measured:
         """A router at every number of slots, which changes the routing itself where a prior is active."""
         self.gates.load(tensors)
         if prior is None:
-            quality, experts = self._run(None)
-            return Measured(
-                dict.fromkeys(self.slots, quality),
-                {c: self._misses(experts, c) for c in self.slots},
-                {c: self._optimum(experts, c) for c in self.slots},
-            )
-        runs = {c: self._run(Prior(prior, c)) for c in self.slots}
+            runs = dict.fromkeys(self.slots, self._run(None))
+        else:
+            runs = {c: self._run(Prior(prior, c, policy)) for c in self.slots}
         return Measured(
             {c: quality for c, (quality, _) in runs.items()},
-            {c: self._misses(experts, c) for c, (_, experts) in runs.items()},
-            {c: self._optimum(experts, c) for c, (_, experts) in runs.items()},
+            {c: self._misses(chosen, c, policy) for c, (_, chosen) in runs.items()},
+            {c: self._optimum(chosen, c) for c, (_, chosen) in runs.items()},
         )
 
-    def _run(self, prior: Prior | None) -> tuple[Quality, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Quality, and per batch the chosen experts [L, N, K] with the document of each token [N]."""
+    def _run(self, prior: Prior | None) -> tuple[Quality, list[Chosen]]:
+        """Quality, and what was chosen, per batch."""
         head = self.gates.model.get_output_embeddings().weight
         sums, chosen, overlaps = torch.zeros(4, dtype=torch.float64), [], []
         with self.gates.installed(), torch.no_grad():
@@ -84,28 +89,33 @@ class Bench:
                 experts = torch.stack(tape.experts)
                 mask = as_mask(experts, self.gates.config.router.num_experts)
                 overlaps.append(float(expert_overlap(mask, tape.segments).mean()) * len(rows))
-                chosen.append((experts, tape.segments))
+                chosen.append(Chosen(experts, torch.stack(tape.logits), tape.segments))
             self.gates.forget()
         ce, kl, agreement = (sums[:3] / sums[3]).tolist()
         return Quality(math.exp(ce), kl, agreement, sum(overlaps) / len(self.text)), chosen
 
-    def _misses(self, chosen: list[tuple[torch.Tensor, torch.Tensor]], slots: int) -> float:
-        number = self.gates.config.router.num_experts
-        total = sum(int(misses(e, lru_contents(e, segments, number, slots)).sum()) for e, segments in chosen)
-        return total / self._steps(chosen)
+    def _misses(self, chosen: list[Chosen], slots: int, policy: Policy) -> float:
+        return sum(self._missed(part, slots, policy) for part in chosen) / self._steps(chosen)
 
-    def _optimum(self, chosen: list[tuple[torch.Tensor, torch.Tensor]], slots: int) -> float:
+    def _missed(self, part: Chosen, slots: int, policy: Policy) -> int:
+        rules, (experts, logits, segments) = self.gates.config.router, part
+        if policy == "lru":
+            return int(misses(experts, lru_contents(experts, segments, rules.num_experts, slots)).sum())
+        layers = zip(experts, logits, strict=True)
+        return sum(int(misses(e, demand_contents(rules, z, e, segments, slots)).sum()) for e, z in layers)
+
+    def _optimum(self, chosen: list[Chosen], slots: int) -> float:
         total = 0
-        for experts, segments in chosen:
-            for layer in experts:
-                for steps in _documents(layer, segments):
+        for part in chosen:
+            for layer in part.experts:
+                for steps in _documents(layer, part.segments):
                     pool = OptimalPool(slots, steps)
                     total += sum(pool.request(step) for step in steps)
         return total / self._steps(chosen)
 
     @staticmethod
-    def _steps(chosen: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
-        return sum(experts.shape[0] * experts.shape[1] for experts, _ in chosen)
+    def _steps(chosen: list[Chosen]) -> int:
+        return sum(part.experts.shape[0] * part.experts.shape[1] for part in chosen)
 
 
 def _documents(layer: torch.Tensor, segments: torch.Tensor) -> list[Any]:

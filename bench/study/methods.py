@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from remoe.objective import PRESETS, Objective
 from runtime.cache_prior import CachePrior
@@ -16,7 +17,7 @@ DECIDING = ("CE only", "ReMoE", "ReMoE without Trust")  # these run with every s
 @dataclass(frozen=True)
 class Method:
     """One way to a router: `objective` None leaves the stock one. `slots`: the cache size that the objective knows of,
-    0 for those that know none. `prior` is active while measuring.
+    0 for those that know none. `prior` is active while measuring, and `policy` that of the measured cache.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Method:
     objective: Objective | None = None
     prior: CachePrior | None = None
     slots: int = 0
+    policy: Literal["lru", "gate"] = "lru"
 
     @property
     def key(self) -> str:
@@ -44,10 +46,14 @@ class Strengths:
 def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
     """All of them, the plain ones first; `slots` are the cache sizes for which routers are tuned."""
     yield Method("stock", 0.0)
+    yield Method("gate-aware cache", 0.0, policy="gate")
     for strength in strengths.prior:
         yield Method("cache-prior", strength, prior=CachePrior(strength))
+        yield Method("cache-prior, gate-aware cache", strength, prior=CachePrior(strength), policy="gate")
     for strength in strengths.energy:
-        yield Method("cache-prior by energy", strength, prior=CachePrior(strength, scaling="energy"))
+        prior = CachePrior(strength, scaling="energy")
+        yield Method("by energy", strength, prior=prior)
+        yield Method("by energy, gate-aware cache", strength, prior=prior, policy="gate")
     yield Method("CE only", 1.0, PRESETS["ce-only"])
     for strength in strengths.remoe:
         yield Method("ReMoE", strength, scaled(_PUBLISHED, strength))

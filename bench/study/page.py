@@ -10,11 +10,16 @@ from statistics import mean
 from typing import Any
 
 PUBLISHED_EOR_GAIN = 1.26  # arXiv 2605.27081: .273 to .345 for DeepSeek-V2-Lite
-TRAINING_FREE = ("cache-prior", "cache-prior by energy")  # at strength 0 they are stock
+TRAINING_FREE = {  # and what they are at strength 0
+    "cache-prior": "stock",
+    "cache-prior, gate-aware cache": "gate-aware cache",
+    "by energy": "stock",
+    "by energy, gate-aware cache": "gate-aware cache",
+}
 PLOTTED = ("CE only", "ReMoE", "ReMoE without Trust", "miss loss, output anchor", *TRAINING_FREE)
 RULE = """Read off where a method costs as much as ReMoE does: its points, joined by straight lines in the order of
-their strengths (those of cache-prior begin at stock), give the fewest misses at a cost of at most that. Nothing is read
-beyond the points. In parentheses the range over seeds, then the saving as a multiple of ReMoE's.
+their strengths (those of the rules begin at strength 0), give the fewest misses at a cost of at most that. Nothing is
+read beyond the points. In parentheses the range over seeds, then the saving as a multiple of ReMoE's.
 """
 
 
@@ -86,9 +91,9 @@ def write_page(points: list[dict[str, Any]], top_k: int, out: Path) -> None:
 
 
 def _line(found: Iterable[Row], name: str) -> list[Row]:
-    """The method's rows by strength, from stock on where its strength can be 0."""
+    """The method's rows by strength, from what it is at strength 0 on where that can be."""
     return sorted(
-        (r for r in found if r.method == name or (r.method == "stock" and name in TRAINING_FREE)),
+        (row for row in found if row.method in (name, TRAINING_FREE.get(name))),
         key=lambda row: row.strength,
     )
 

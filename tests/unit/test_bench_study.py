@@ -57,6 +57,14 @@ def test_cache_prior_reads_less_and_changes_the_output(bench: Bench) -> None:
     assert prior.quality[2] != prior.quality[4]  # the routing depends on what is cached
 
 
+def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> None:
+    stock = bench.gates.tensors(stock=True)
+    lru, gate = bench.measure(stock), bench.measure(stock, policy="gate")
+    assert gate.quality[4] == lru.quality[4]
+    assert (gate.misses[2], gate.misses[8]) == (lru.misses[2], lru.misses[8])  # K slots, or all: nobody has a choice
+    assert lru.optimum[4] < gate.misses[4] != lru.misses[4]
+
+
 def test_every_method_is_named_once_and_tunes_something() -> None:
     strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,))
     found = list(methods(strengths, (2, 4)))
@@ -68,7 +76,13 @@ def test_every_method_is_named_once_and_tunes_something() -> None:
     assert (ce_only.ce, ce_only.trust, ce_only.reuse, ce_only.smooth, ce_only.lag, ce_only.window) == (1, 0, 0, 0, 0, 0)
     assert published.reuse > 0 < published.trust
     rules = {method.name: method.prior for method in found if method.objective is None and method.prior}
-    assert rules == {"cache-prior": CachePrior(0.2), "cache-prior by energy": CachePrior(0.05, scaling="energy")}
+    prior, energy = CachePrior(0.2), CachePrior(0.05, scaling="energy")
+    assert rules == {
+        "cache-prior": prior,
+        "cache-prior, gate-aware cache": prior,
+        "by energy": energy,
+        "by energy, gate-aware cache": energy,
+    }
 
 
 def _point(

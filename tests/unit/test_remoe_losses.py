@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from remoe import losses
-from remoe.cache_model import Prior, choose_with_prior, lru_contents, misses
+from remoe.cache_model import Prior, choose_with_prior, demand_contents, lru_contents, misses
 from remoe.objective import LAYER_TERMS, Objective, Routed, combine, layer_terms, routing_numbers
+from remoe.pools import PolicyPool
 from remoe.routing import as_mask, choose, expert_overlap, log_distribution, weigh
 from runtime.cache_prior import CachePrior
 from runtime.config import RouterConfig
+from runtime.demand import Demand
 from runtime.errors import UsageError
-from runtime.policies import LRU
+from runtime.policies import LRU, make_policy
 from runtime.prior_rows import Spread, prefer_cached
 
 ROUTER = RouterConfig(num_experts=6, top_k=2)
@@ -289,6 +291,32 @@ def test_the_prior_is_the_engines_rule(router: RouterConfig, scaling: str) -> No
             _use(policy, resident, wanted[-1], 3)
     assert choose_with_prior(router, z, bias, SEGMENTS, Prior(options, 3)).tolist() == wanted
     assert wanted != choose(router, z, bias).tolist()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_contents_by_demand_are_the_simulators(scoring: str) -> None:
+    """The engine's demand and the simulator's slots, a fresh cache per document."""
+    router = RouterConfig(6, 2, scoring=scoring)  # type: ignore[arg-type]
+    z = logits(3, 1)[0].float()
+    experts = choose(router, z, None)
+    wanted, prior, with_prior = [], CachePrior(0.5), []
+    for document in DOCUMENTS:
+        pools = []
+        for _ in range(2):
+            demand = Demand(1, router)
+            pools.append((demand, PolicyPool(3, make_policy("gate", range(6), demand.values[0]))))
+        spread = Spread()
+        for t in document:
+            row = z[t : t + 1].numpy()
+            wanted.append([e in pools[0][1].resident for e in range(6)])
+            cached = np.array([[e in pools[1][1].resident for e in range(6)]])
+            leaning = prefer_cached(prior, router, row, None, cached, spread.update(row)).experts
+            with_prior.append(leaning[0].tolist())
+            for (demand, pool), chosen in zip(pools, (experts[t : t + 1].numpy(), leaning), strict=True):
+                demand.see(0, row, chosen)
+                pool.request(chosen[0].tolist())
+    assert demand_contents(router, z, experts, SEGMENTS, 3).tolist() == wanted
+    assert choose_with_prior(router, z, None, SEGMENTS, Prior(prior, 3, "gate")).tolist() == with_prior
 
 
 def test_sigmoid_gates_have_a_distribution_too() -> None:
