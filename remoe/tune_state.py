@@ -5,8 +5,9 @@ One safetensors file; it appears whole or not at all, so whatever happens the la
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,38 +62,38 @@ def load_state(path: Path, gates: list[torch.nn.Parameter], optimizer: Any, iden
 
     Raises UsageError when it is of another run, naming what differs.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            stored = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+    with _opened(path) as file:
+        stored = json.loads(file.metadata()["state"])
         step = int(stored.pop("step"))
         _same(path, stored, identity)
         for number, gate in enumerate(gates):
             with torch.no_grad():
-                gate.copy_(tensors[f"{number}.weight"])
-            moments = {m: tensors[f"{number}.{m}"].to(gate.device) for m in _MOMENTS}
+                gate.copy_(file.get_tensor(f"{number}.weight"))
+            moments = {m: file.get_tensor(f"{number}.{m}").to(gate.device) for m in _MOMENTS}
             optimizer.state[gate] = {"step": torch.tensor(float(step - began)), **moments}
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
     return step
 
 
 def step_of_state(path: Path) -> int:
     """The last step of an unfinished run. Raises UsageError when the file is none of ours."""
-    try:
-        with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["state"])["step"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
+    with _opened(path) as file:
+        return int(json.loads(file.metadata()["state"])["step"])
 
 
 def done_of_state(path: Path) -> dict[str, Tensor]:
     """The finished tensors of an unfinished run, by name. Raises UsageError when the file is none of ours."""
+    with _opened(path) as file:
+        names = [name for name in file.keys() if name.startswith(_DONE)]  # noqa: SIM118, no dict
+        return {name.removeprefix(_DONE): file.get_tensor(name) for name in names}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file; whatever it lacks or has in another form is a UsageError."""
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(_DONE)]  # noqa: SIM118, no dict
-            return {name.removeprefix(_DONE): file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+            yield file
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"{path}: not the state of a tuning run ({error}): remove it to start over") from None
 
 
