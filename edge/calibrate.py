@@ -89,7 +89,7 @@ def calibrate(
 
 def build_models(folder: Path, tick: Callable[[str], None]) -> Models:
     """The random models of a calibration, as bundles in `folder`."""
-    return Models(**{name: _bundle(folder, name, options, tick) for name, options in MODELS.items()})
+    return {name: _bundle(folder, name, options, tick) for name, options in MODELS.items()}
 
 
 def rows(device: Device) -> list[list[str]]:

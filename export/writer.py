@@ -214,6 +214,7 @@ class BundleWriter:
         return hashes.entry(file.bytes)
 
     def _write_small(self, path: Path, data: bytes) -> None:
+        """What runtime.whole_file does, but through FileSystem, and a failed sync is told from other errors."""
         temporary = path.with_name(path.name + ".tmp")
         descriptor = self._fs.append(temporary)
         try:

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge.console import format_table
 from interop.compare import FP32, NARROW
-from interop.environments import Installer
+from interop.environments import Installer, NotRunError
 from interop.report import remarks, table
 from runtime.errors import EdgeError
 from runtime.machine import describe
@@ -30,8 +30,6 @@ _TORCH = "torch==2.13.0"
 
 def outcome(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """One check; whatever it raises becomes its result."""
-    from interop.environments import NotRunError
-
     begin = time.monotonic()
     try:
         found = check()

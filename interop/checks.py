@@ -13,7 +13,7 @@ import numpy as np
 
 from interop import reference
 from interop.compare import FP32, NARROW, Agreement, Limits, agree, complaints
-from interop.environments import LLAMA, LM_EVAL, VLLM, Installer, NotRunError, run_module
+from interop.environments import LLAMA, LM_EVAL, VLLM, Installer, run_module
 from interop.lm_eval_engine import questions, write_task
 from interop.observed import Observed, Request
 from interop.prepare import NEW_TOKENS, Prepared, Subject
@@ -155,4 +155,3 @@ CHECKS: dict[str, Callable[[Bench], Result]] = {
     "llama.cpp bf16": lambda bench: llama(bench, "bf16"),
     "lm-eval": lm_eval,
 }
-__all__ = ["CHECKS", "Bench", "NotRunError", "Result"]

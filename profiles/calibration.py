@@ -9,7 +9,7 @@ The drive is read raw as well, by block size and depth. All of them take turns, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,17 +41,8 @@ TURNS, _TURN_TOKENS = 5, 6
 _PROMPT_TOKENS = 48  # ask for all experts, and leave attention little to do
 _COLD_TOKENS = 4
 
+Models = Mapping[str, Path]  # bundles of MODELS
 Tick = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Models:
-    """Bundles of MODELS."""
-
-    few: Path
-    many: Path
-    medium: Path
-    large: Path
 
 
 @dataclass(frozen=True)
@@ -92,12 +83,12 @@ def measure(models: Models, threads: int | None, seconds: float, tick: Tick) -> 
     The engines are all open at once, one for each model and cache size: 1.2 GB with the memory of the raw reads.
     """
     with ExitStack() as stack:
-        reader = stack.enter_context(closing(RawReader.open(sorted(models.large.glob("experts/*/*")))))
+        reader = stack.enter_context(closing(RawReader.open(sorted(models["large"].glob("experts/*/*")))))
         decodings = {}
         for name, options in MODELS.items():
             tick("engine")
             settings = [EngineOptions(slots_per_layer=slots, threads=threads) for slots in cache_sizes(options)]
-            engines = [stack.enter_context(Engine.open(getattr(models, name), setting)) for setting in settings]
+            engines = [stack.enter_context(Engine.open(models[name], setting)) for setting in settings]
             decodings[name] = [_Decoding(engine) for engine in engines]
         rates: dict[tuple[int, int], list[float]] = {}
         for _ in range(TURNS):
