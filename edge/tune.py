@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ edge tune --from-trace book.trace.safetensors --router qwen.bundle --out r.safet
 edge tune ./Qwen1.5-MoE-A2.7B/config.json --plan --dtype bf16 --gradient-checkpointing
 edge generate qwen.bundle --router r.safetensors --prompt "Hello"
 """
+# None until the arguments are read, so that what has no meaning with --from-trace can be refused.
+_MODEL_DEFAULTS = {"eval_sequences": 8, "dtype": "fp32", "experts": "grouped_mm"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,26 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the interrupted run of this OUT")
     add("--json", action="store_true", help="print the result as one JSON object")
     add("--plan", action="store_true", help="only tell memory, work and hours; CHECKPOINT may be a config.json")
-    add("--tflops", metavar="N", type=float, nargs="+", default=[100.0, 200.0, 300.0],
+    add("--tflops", metavar="N", type=float, nargs="+",
         help="sustained rates for the hours of --plan (default: 100 200 300)")  # fmt: skip
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--sequence-length", metavar="N", type=int, default=2048, help="tokens per sequence (default: %(default)s)")
     add("--eval-data", metavar="FILE", type=Path, nargs="+", help="held-out text (default: the end of --data)")
-    add("--eval-sequences", metavar="N", type=int, default=8,
-        help="sequences held out to measure before and after; 0: none (default: %(default)s)")  # fmt: skip
+    add("--eval-sequences", metavar="N", type=int,
+        help=f"sequences held out to measure before and after; 0: none (default: {_MODEL_DEFAULTS['eval_sequences']})",
+    )  # fmt: skip
     add(
         "--eval-slots",
         metavar="C,C",
-        default="",
         help="cache sizes per layer whose misses are measured (default: K,2K)",
     )
     add("--tokenizer", metavar="DIR", type=Path, help="of another folder (default: CHECKPOINT's)")
     add("--start", metavar="FILE", type=Path, help="begin with the gates of this router file")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the frozen weights; gates are fp32")
+    add("--dtype", choices=["fp32", "bf16"],
+        help=f"of the frozen weights; gates are fp32 (default: {_MODEL_DEFAULTS['dtype']})")  # fmt: skip
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"],
-        help="how transformers computes experts (default: %(default)s)")  # fmt: skip
+    add("--experts", choices=["grouped_mm", "eager", "batched_mm"],
+        help=f"how transformers computes experts (default: {_MODEL_DEFAULTS['experts']})")  # fmt: skip
     group = parser.add_argument_group("without the model")
     add = group.add_argument
     add("--from-trace", metavar="TRACE", type=Path, nargs="+", help="recorded router inputs (edge trace --hidden)")
@@ -80,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         from edge.tune_plan import show_plan
 
-        return show_plan(args, options)
+        return show_plan(_with_defaults(args), options)
+    if args.tflops is not None:
+        raise UsageError("--tflops belongs to --plan, which tells hours and tunes nothing: leave one of them out")
     if args.out is None:
         raise UsageError("edge tune needs --out FILE, the tuned router")
     _check_paths(args)
@@ -90,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         return run_layers(args, options)
     if not args.checkpoint or not args.data:
         raise UsageError("edge tune needs CHECKPOINT and --data FILE ..., or --from-trace TRACE and --router BUNDLE")
+    if args.router is not None:
+        raise UsageError("--router names the stock gates of --from-trace: to begin with tuned gates use --start FILE")
+    _check_held_out(_with_defaults(args))
     _need_transformers()
     from remoe.workers import Workers
 
@@ -110,9 +119,9 @@ def _tune(args: argparse.Namespace, options: TuneOptions, workers: Workers) -> i
     _say(args, workers, f"{train.tokens:,} tokens in {len(train)} sequences, {len(held_out or ())} held out")
     if options.lr_warmup_steps > options.steps:
         _say(args, workers, f"a warm-up of {options.lr_warmup_steps} steps outlasts the run: try --lr-warmup")
+    slots, given = _slots(args, options, config), _given_gates(args, config)
     model = _load_model(path, args).to(workers.device)
-    start = _start_gates(args, config, model)
-    slots = _slots(args, options, config)
+    start = _start_gates(args, config, model, given)
     log = open_log(args) if workers.first else None
     before = evaluate(model, config, held_out, None, slots) if held_out is not None and workers.first else {}
     began = time.perf_counter()
@@ -181,6 +190,9 @@ def finish(args: argparse.Namespace, log: TuneLog, result: dict[str, Any]) -> No
     except ImportError:
         picture = None
         console.note("no picture of the run: pip install 'remoe-edge[bench]' for matplotlib")
+    except OSError as error:  # the router is written: a full disk does not take it back
+        console.note(f"no picture of the run: {picture}: {error.strerror}")
+        picture = None
     files = {"router": str(args.out), "log": str(log.path), "plot": str(picture) if picture else None}
     if args.json:
         console.print_json({**files, **result})
@@ -188,7 +200,8 @@ def finish(args: argparse.Namespace, log: TuneLog, result: dict[str, Any]) -> No
     before, after = result["before"], result["after"]
     if after:
         rows = [[n, f"{before[n]:.5g}", f"{after[n]:.5g}", _change(before[n], after[n])] for n in after]
-        print(console.format_table([["held out", "before", "after", ""], *rows]))
+        title = "on the trace" if args.from_trace else "held out"  # a trace is measured on what it was tuned with
+        print(console.format_table([[title, "before", "after", ""], *rows]))
     print(f"{args.out}: {result['steps']} steps in {result['seconds']:.0f} s; log {files['log']}, plot {files['plot']}")
 
 
@@ -205,6 +218,8 @@ def _check_paths(args: argparse.Namespace) -> None:
     state = state_path(args.out)
     if not args.out.parent.is_dir():
         raise UsageError(f"{args.out.parent}: no such folder for --out")
+    if not os.access(args.out.parent, os.W_OK):
+        raise UsageError(f"--out {args.out}: {args.out.parent} is no folder that can be written to")
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out {args.out}: a router file ends in .safetensors")
     if args.resume and args.force:
@@ -220,12 +235,17 @@ def _check_paths(args: argparse.Namespace) -> None:
 
 
 def _open_checkpoint(args: argparse.Namespace) -> tuple[Path, ModelConfig, str]:
-    """Folder, config and name; pickled, quantised and damaged checkpoints and such with code of their own end here."""
+    """Folder, config and name; pickled, quantised and damaged checkpoints and such with code of their own end here.
+
+    So do those whose tensors are not those of the architecture: transformers would fill in random ones.
+    """
     from export.checkpoint import Checkpoint
-    from export.families import read_model
+    from export.families import family_of, read_model
+    from export.plan import Plan
 
     with Checkpoint.open(args.checkpoint) as source:
         config = read_model(source.config, source.generation)
+        Plan(source, family_of(source.config), config)
         local = Path(args.checkpoint).exists()
         return source.path, config, source.path.resolve().name if local else args.checkpoint
 
@@ -251,7 +271,7 @@ def _sequences(args: argparse.Namespace, path: Path, config: ModelConfig) -> tup
 
     train = packed(documents)
     if held_out is not None:
-        return train, packed(held_out).take(slice(0, args.eval_sequences or None)), sha256
+        return train, packed(held_out).take(slice(0, args.eval_sequences)), sha256
     if args.eval_sequences == 0:
         return train, None, sha256
     return *train.split(args.eval_sequences), sha256
@@ -283,14 +303,40 @@ def _load_model(path: Path, args: argparse.Namespace) -> Any:
     ).eval()
 
 
-def _start_gates(args: argparse.Namespace, config: ModelConfig, model: Any) -> dict[str, torch.Tensor] | None:
+def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with the defaults that wait for it to be known that the model is used."""
+    for name, value in _MODEL_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def _check_held_out(args: argparse.Namespace) -> None:
+    if args.eval_sequences < 0:
+        raise UsageError(f"--eval-sequences {args.eval_sequences}: expected 0 (none) or more")
+    if args.eval_data and args.eval_sequences == 0:
+        raise UsageError("--eval-data names held-out text, but --eval-sequences 0 measures none: leave one of them out")
+
+
+def _given_gates(args: argparse.Namespace, config: ModelConfig) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """Of --start: read before the model is, for it may be the wrong file."""
     if args.start is None:
         return None
-    from remoe.gates import Gates
     from runtime.layout import router_tensors
-    from runtime.router_file import check_base, gates_sha256, load_router
+    from runtime.router_file import load_router
 
-    tensors, provenance = load_router(args.start, router_tensors(config))
+    return load_router(args.start, router_tensors(config))
+
+
+def _start_gates(
+    args: argparse.Namespace, config: ModelConfig, model: Any, given: tuple[dict[str, torch.Tensor], Any] | None
+) -> dict[str, torch.Tensor] | None:
+    if given is None:
+        return None
+    from remoe.gates import Gates
+    from runtime.router_file import check_base, gates_sha256
+
+    tensors, provenance = given
     stock = gates_sha256(Gates(model, config).tensors(stock=True))
     check_base(provenance, stock, args.start, str(args.checkpoint))
     return tensors

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from remoe.trace import TraceInfo
     from remoe.tune_options import TuneOptions
 
+_OF_THE_MODEL = (
+    "data", "start", "eval_data", "eval_sequences", "eval_slots", "tokenizer", "dtype", "device", "experts",
+    "micro_batch", "head_share", "gradient_checkpointing", "hidden_gradient",
+)  # fmt: skip
+_FLAGS = {"hidden_gradient": "no_hidden_gradient"}
+
 
 def run_layers(args: argparse.Namespace, options: TuneOptions) -> int:
     """Tune layer by layer, measure on the same inputs, write. Raises UsageError."""
@@ -77,12 +83,10 @@ def stock_gates(router: Path | None, info: TraceInfo) -> dict[str, torch.Tensor]
 
 
 def _refuse_model_options(args: argparse.Namespace) -> None:
-    given = {
-        "CHECKPOINT": args.checkpoint,
-        "--data": args.data,
-        "--start": args.start,
-        "--eval-data": args.eval_data,
-    }
-    odd = [name for name, value in given.items() if value]
-    if odd:
-        raise UsageError(f"{odd[0]} has no meaning with --from-trace, which tunes without the model")
+    if args.checkpoint:
+        raise UsageError("CHECKPOINT has no meaning with --from-trace, which tunes without the model")
+    for name in _OF_THE_MODEL:
+        default = False if name == "gradient_checkpointing" else None
+        if getattr(args, name) is not default:
+            flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
+            raise UsageError(f"{flag} has no meaning with --from-trace, which tunes without the model: leave it out")

@@ -50,6 +50,17 @@ _RUN = {
     "seed": "of the order of sequences",
     "save_every": "steps between two states on disk",
 }
+# What says nothing while the term that it belongs to has the weight 0.
+_OF_A_TERM = {
+    "lags": "lag",
+    "window_size": "window",
+    "margin_gap": "margin",
+    "margin_reach": "margin",
+    "margin_pairs": "margin",
+    "miss_softness": "miss",
+    "prior_top_j": "prior",
+    "prior_scaling": "prior",
+}
 # Names that say more on a command line than in the dataclass.
 _FLAGS = {"warmup_steps": "locality-warmup", "lr_warmup_steps": "lr-warmup"}
 
@@ -76,6 +87,9 @@ def tune_options(args: argparse.Namespace) -> TuneOptions:
     if args.hidden_gradient is not None:
         given["hidden_gradient"] = args.hidden_gradient
     objective = dataclasses.replace(PRESETS[args.preset], **given)
+    for name, term in _OF_A_TERM.items():
+        if name in given and not getattr(objective, term):
+            raise UsageError(f"{_flag(name)} changes nothing while --{term} is 0: set --{term}, or leave it out")
     run = _given(args, TuneOptions(), list(_RUN))
     return TuneOptions(objective, gradient_checkpointing=args.gradient_checkpointing, **run)
 
@@ -85,8 +99,7 @@ def _add(group: argparse._ArgumentGroup, defaults: Any, helps: dict[str, str]) -
         value = getattr(defaults, name)
         shown = ",".join(map(str, value)) or "1 each" if isinstance(value, tuple) else value
         kind = type(value).__name__ if not isinstance(value, tuple) else "a,b,..."
-        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
-        group.add_argument(flag, dest=name, metavar=kind.upper(), help=f"{text} (default: {shown})")
+        group.add_argument(_flag(name), dest=name, metavar=kind.upper(), help=f"{text} (default: {shown})")
 
 
 def _given(args: argparse.Namespace, defaults: Any, names: list[str]) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def _given(args: argparse.Namespace, defaults: Any, names: list[str]) -> dict[st
         text, default = getattr(args, name, None), getattr(defaults, name)
         if text is None:
             continue
-        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+        flag = _flag(name)
         try:
             if isinstance(default, tuple):
                 kind = int if default else float
@@ -104,5 +117,12 @@ def _given(args: argparse.Namespace, defaults: Any, names: list[str]) -> dict[st
             else:
                 values[name] = type(default)(text)
         except ValueError:
-            raise UsageError(f"{flag} {text!r}: expected {type(default).__name__}, as {default!r}") from None
+            wanted = type(default).__name__ + f", as {default!r}"
+            if isinstance(default, tuple):
+                wanted = f"numbers with commas, as {','.join(map(str, default or (1.0, 0.5)))}"
+            raise UsageError(f"{flag} {text!r}: expected {wanted}") from None
     return values
+
+
+def _flag(name: str) -> str:
+    return "--" + _FLAGS.get(name, name).replace("_", "-")

@@ -21,8 +21,10 @@ def show_plan(args: argparse.Namespace, options: TuneOptions) -> int:
 
     if not args.checkpoint:
         raise UsageError("--plan needs CHECKPOINT, or its config.json")
-    if any(not 0 < rate < 1e6 for rate in args.tflops):
-        raise UsageError(f"--tflops {args.tflops}: expected numbers above 0, in 10^12 operations per second")
+    tflops: list[float] = [100.0, 200.0, 300.0] if args.tflops is None else args.tflops
+    if any(not 0 < rate < 1e6 for rate in tflops):
+        shown = " ".join(f"{rate:g}" for rate in tflops)
+        raise UsageError(f"--tflops {shown}: expected numbers above 0, in 10^12 operations per second")
     path = Path(args.checkpoint)
     config = parse_config(read_config(path if path.is_file() else find_source(args.checkpoint)))
     options.check(config)
@@ -33,7 +35,7 @@ def show_plan(args: argparse.Namespace, options: TuneOptions) -> int:
             "tokens_per_s": rate * 1e12 / made.step_flops,
             "hours": made.seconds(rate * 1e12) / 3600,
         }
-        for rate in args.tflops
+        for rate in tflops
     ]
     if args.json:
         console.print_json({**asdict(made), "memory_bytes": made.memory_bytes, "rates": rates})

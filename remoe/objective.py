@@ -9,6 +9,7 @@ The rest is beyond it, off by default, and each can be switched on by itself. Te
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -71,10 +72,18 @@ class Objective:
             ),
             f"window_size = {self.window_size} is not above 1": self.window_size > 1,
             f"lags = {self.lags} are not positive": all(d > 0 for d in self.lags) and bool(self.lags),
-            f"sharpen = {self.sharpen} is not above 0": self.sharpen > 0,
+            f"sharpen = {self.sharpen} is not above 0": 0 < self.sharpen < math.inf,
             f"warmup_steps = {self.warmup_steps} is below 0": self.warmup_steps >= 0,
             f"margin_pairs = {self.margin_pairs} is not above 0": self.margin_pairs > 0,
-            f"miss_softness = {self.miss_softness} is not above 0": self.miss_softness > 0,
+            f"margin_gap = {self.margin_gap} is not a number from 0 on": 0 <= self.margin_gap < math.inf,
+            f"margin_reach = {self.margin_reach} is not a number above 0": 0 < self.margin_reach < math.inf,
+            f"miss_softness = {self.miss_softness} is not above 0": 0 < self.miss_softness < math.inf,
+            f"layer_strength = {self.layer_strength} are not numbers from 0 on": all(
+                0 <= x < math.inf for x in self.layer_strength
+            ),
+            f"reuse_target {self.reuse_target!r} is not previous or cache": self.reuse_target in ("previous", "cache"),
+            f"prior_scaling {self.prior_scaling!r} is not one of {', '.join(get_args(Scaling))}": self.prior_scaling
+            in get_args(Scaling),
             f"cache_slots = {self.cache_slots} is below the {router.top_k} experts of one token": self.slots(router)
             >= router.top_k,
             f"layer_strength has {len(self.layer_strength)} values for {layers} MoE layers": len(self.layer_strength)
@@ -86,8 +95,6 @@ class Objective:
         for problem, holds in rules.items():
             if not holds:
                 raise UsageError(f"objective: {problem}")
-        if self.reuse_target not in ("previous", "cache") or self.prior_scaling not in get_args(Scaling):
-            raise UsageError(f"objective: reuse_target {self.reuse_target!r}, prior_scaling {self.prior_scaling!r}")
 
     def slots(self, router: RouterConfig) -> int:
         """C of the simulated cache."""

@@ -84,6 +84,8 @@ def read_documents(paths: Sequence[str | Path]) -> tuple[list[Document], str]:
     documents: list[Document] = []
     digest = hashlib.sha256()
     for path in map(Path, paths):
+        if not path.exists():
+            raise UsageError(f"{path}: no such file")
         if path.suffix not in (".txt", ".jsonl"):
             raise UsageError(f"{path}: expected a .txt file (one document) or .jsonl (one JSON object per line)")
         try:

@@ -152,7 +152,7 @@ class _Run:
                 total[name] = total.get(name, 0.0) + value / len(parts)
         total = self._shared(total)
         if not math.isfinite(total["loss"]):
-            raise EdgeError(f"step {step}: the loss is {total['loss']}: lower the learning rate or the largest weight")
+            raise EdgeError(f"step {step}: the loss is {total['loss']}: {_cure(step)}")
         norm = torch.nn.utils.clip_grad_norm_(self.gates.parameters(), options.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(step)
@@ -239,6 +239,12 @@ def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
     getattr(model, newer if hasattr(model, newer) else older)(*arguments)
 
 
+def _cure(step: int) -> str:
+    if step == 1:  # nothing was changed yet
+        return "a weight of the checkpoint is no number (edge export names it), or one of the objective is too large"
+    return "lower the learning rate or the largest weight"
+
+
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM set, so that a step is finished first; the second one acts at once."""
@@ -247,15 +253,27 @@ def stop_signals() -> Iterator[threading.Event]:
         yield stop
         return
     known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    terminated = False
 
     def note(number: int, frame: object) -> None:
+        nonlocal terminated
         stop.set()
+        terminated = terminated or number == signal.SIGTERM
         signal.signal(number, known[signal.Signals(number)])
+
+    def restore() -> None:
+        for number, handler in known.items():
+            signal.signal(number, handler)
 
     for number in known:
         signal.signal(number, note)
     try:
         yield stop
+    except KeyboardInterrupt:
+        restore()
+        handler = known[signal.SIGTERM]
+        if terminated and callable(handler):
+            handler(signal.SIGTERM, None)  # held back until the step was done: the program's exit code tells them apart
+        raise
     finally:
-        for number, handler in known.items():
-            signal.signal(number, handler)
+        restore()

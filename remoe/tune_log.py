@@ -34,8 +34,11 @@ class TuneLog:
             raise EdgeError(f"{path}: the log cannot be written: {error.strerror}") from error
 
     def write(self, numbers: dict[str, Any]) -> None:
-        """One line."""
-        self._file.write(json.dumps(numbers) + "\n")
+        """One line. Raises EdgeError."""
+        try:
+            self._file.write(json.dumps(numbers) + "\n")
+        except OSError as error:
+            raise EdgeError(f"{self.path}: the log cannot be written: {error.strerror}") from error
         if "step" in numbers:
             self.history.append(numbers)
 

@@ -31,9 +31,14 @@ class Workers:
             self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
             self.device = self._accelerator.device
             return
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise UsageError(f"--device {device!r}: expected cpu, cuda or cuda:N") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"--device {device}: this torch finds no GPU: use --device cpu")
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: this torch finds {torch.cuda.device_count()} GPUs, counted from 0")
 
     @property
     def first(self) -> bool:
