@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from edge import console
 from edge.interrupt import Termination
@@ -74,6 +74,9 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         return f"examples:\n{self.examples}\n\n{super().format_help()}"
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse swallows the error of a help that cannot be written
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n  run: {self.prog} --help")
 
@@ -97,8 +100,7 @@ def _guarded(words: list[str], termination: Termination) -> int:
         console.error("terminated" if termination.received else "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away; what is still buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader went away
         return _BROKEN_PIPE
     except EdgeError as error:
         if debug:
@@ -108,13 +110,38 @@ def _guarded(words: list[str], termination: Termination) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError):
+            _drop_unwritable_output()
         console.error(_unexpected(error, debug))
         return 1
 
 
 def main_entry() -> NoReturn:
     """The installed command."""
+    _reopen_closed_streams()
     sys.exit(main())
+
+
+def _reopen_closed_streams() -> None:
+    """A stream that whoever started us has closed is None, and the next file that is opened would get its number.
+
+    Input is then empty and talk goes nowhere; output, where results belong, fails when it is written to.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
+
+
+def _drop_unwritable_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """What is still buffered for stdout must not raise again, now or at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: list[str]) -> int:
@@ -180,7 +207,8 @@ def _indented(examples: str) -> str:
 def _unexpected(error: Exception, debug: bool) -> str:
     hint = "" if debug else "\n  run again with --debug to see where"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "") + hint
+        where = error.filename or "standard output, or a file that was being written"  # a write names no file
+        return f"{error.strerror}: {where}{hint}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the Python package {error.name!r} is not installed for {sys.executable}\n  run: make venv"
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,33 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
     with console.Progress() as progress:
         progress.update("experts", 1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", ["--help", "verify --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_an_error_told_once(words: str, unbuffered: str) -> None:
+    done = subprocess.run(
+        f"exec {sys.executable} -m edge {words} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "edge: error: No space left on device: standard output, or a file that was being written\n"
+        "  run again with --debug to see where\n"
+    )
+
+
+def test_streams_that_were_closed_are_no_crash(tmp_path: Path) -> None:
+    def run(words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            f"exec {sys.executable} -m edge {words}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    closed = run("verify --help >&-")  # a result that went nowhere was not given
+    assert (closed.returncode, closed.stdout) == (1, "")
+    assert "Bad file descriptor: standard output" in closed.stderr and "Traceback" not in closed.stderr
+    silent = run(f"verify {tmp_path / 'none'} 2>&-")  # talk must not end up among the results
+    assert (silent.returncode, silent.stdout, silent.stderr) == (2, "", "")
+    empty = run("tegrastats - <&-")
+    assert empty.returncode == 2
+    assert "no line of tegrastats" in empty.stderr
