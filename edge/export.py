@@ -31,13 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the bundle's directory; must not exist")
     parser.add_argument(
         "--graphs",
-        default=",".join(defaults.graphs),
-        help="compute dtypes to write ONNX graphs for: fp16, fp32, both with a comma, or none (default: %(default)s)",
+        help="compute dtypes to write ONNX graphs for: fp16, fp32, both with a comma, or none "
+        f"(default: {','.join(defaults.graphs)})",
     )
-    parser.add_argument(
-        "--workers", type=int, default=defaults.workers, help="files converted at once (default: %(default)s)"
-    )
-    parser.add_argument("--name", default=defaults.name, help="how the manifest calls the source (default: its folder)")
+    parser.add_argument("--workers", type=int, help=f"files converted at once (default: {defaults.workers})")
+    parser.add_argument("--name", help="how the manifest calls the source (default: its folder)")
     parser.add_argument("--force", action="store_true", help="replace the bundle OUT, once the new one is complete")
     parser.add_argument(
         "--hf",
@@ -48,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate-dtype",
         choices=["fp32", "same"],
-        default="fp32",
-        help="of the gates of --hf: fp32, or the same as in CHECKPOINT, which rounds them (default: %(default)s)",
+        help="of the gates of --hf: fp32, or the same as in CHECKPOINT, which rounds them (default: fp32)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -63,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         return _run_hf(args)
     if args.router is not None:
         raise UsageError("--router goes with --hf: a bundle takes routers when it runs, edge generate --router FILE")
-    if not 1 <= args.workers <= 64:
-        raise UsageError(f"--workers {args.workers}: expected 1 to 64")
-    options = ExportOptions(_graphs(args.graphs), args.workers, args.force, args.name)
+    if args.gate_dtype is not None:
+        raise UsageError("--gate-dtype goes with --hf: the gates of a bundle are always fp32")
+    options = _options(args)
     started, reused = time.monotonic(), 0
     with console.Progress(quiet=args.json) as bars:
 
@@ -99,28 +96,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _options(args: argparse.Namespace) -> ExportOptions:
+    """Of a bundle. Raises UsageError."""
+    defaults = ExportOptions()
+    workers = defaults.workers if args.workers is None else args.workers
+    if not 1 <= workers <= 64:
+        raise UsageError(f"--workers {workers}: expected 1 to 64")
+    graphs = defaults.graphs if args.graphs is None else _graphs(args.graphs)
+    return ExportOptions(graphs, workers, args.force, args.name)
+
+
 def _run_hf(args: argparse.Namespace) -> int:
     """A checkpoint with tuned gates."""
-    from export.hf import export_hf
+    from export.hf import GateDtype, export_hf
 
     if args.router is None:
         raise UsageError("--hf needs --router FILE, the tuned gates (edge tune)")
     if args.force:
         raise UsageError("--hf replaces no folder, not even with --force: remove it yourself")
+    for name in ("graphs", "workers", "name"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} is for bundles, but --hf writes a checkpoint: leave one of them out")
+    gate_dtype: GateDtype = args.gate_dtype or "fp32"
     with console.Progress(quiet=args.json) as bars:
         done = export_hf(
             args.checkpoint,
             Path(args.out).absolute(),
             args.router,
-            args.gate_dtype,
+            gate_dtype,
             lambda done, total: bars.update("copy", done, total),
         )
     if done.left_out:
         console.note(f"left out, as their gates are not tuned: {', '.join(done.left_out)}")
     if done.rounded:
-        who = f"rounded to {done.narrow_dtype}" if args.gate_dtype == "same" else f"loaded as {done.narrow_dtype}"
+        who = f"rounded to {done.narrow_dtype}" if gate_dtype == "same" else f"loaded as {done.narrow_dtype}"
         console.note(f"gates {who} choose otherwise in {100 * done.rounded:.2f} % of the choices for random inputs")
-    result = {"checkpoint": str(args.out), "gate_dtype": args.gate_dtype, **dataclasses.asdict(done)}
+    result = {"checkpoint": str(args.out), "gate_dtype": gate_dtype, **dataclasses.asdict(done)}
     if args.json:
         console.print_json(result)
     else:

@@ -132,7 +132,10 @@ class _Writer:
         """Everything; the number of files and their bytes."""
         free = shutil.disk_usage(self._out.parent).free
         if free < self._total:
-            raise EdgeError(f"{self._out.parent}: {free} bytes free, the copy takes {self._total}")
+            raise UsageError(
+                f"{self._out.parent}: {self._total:,} bytes are needed, {free:,} are free: free some space or export "
+                "to another disk"
+            )
         touched = {self._source.tensors[name].file for name in self._changed}
         grown = 0
         try:

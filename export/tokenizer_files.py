@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import CheckpointError
+from runtime.errors import BundleError, CheckpointError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SETTINGS = (*_SPECIAL, "add_bos_token", "add_eos_token", "tokenizer_class")
@@ -45,7 +45,18 @@ def tokenizer_files(path: Path, generation: dict[str, Any]) -> dict[str, bytes]:
     defaults = {k: generation[k] for k in _GENERATION if generation.get(k) is not None}
     if defaults:
         files["generation_config.json"] = _dump(defaults)
+    _check(path, files)
     return {f"tokenizer/{name}": data for name, data in files.items()}
+
+
+def _check(path: Path, files: dict[str, bytes]) -> None:
+    """A bundle whose tokenizer nobody can read looks whole and answers no prompt."""
+    from runtime.text import Tokenizer
+
+    try:
+        Tokenizer.from_files(files)
+    except BundleError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _template(path: Path, settings: dict[str, Any]) -> str | None:

@@ -125,6 +125,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["model.layers.1.", "is missing"],
     ),
     "broken tokenizer": (lambda p: (p / "tokenizer.json").write_text("{"), ["tokenizer.json", "not valid JSON"]),
+    "tokenizer of no kind": (
+        lambda p: (p / "tokenizer.json").write_text('{"x": 1}'),
+        ["tokenizer.json", "cannot read"],
+    ),
 }
 
 
