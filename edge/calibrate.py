@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--out {args.out}: the name of a device profile ends in .toml")
     if not 0 < args.seconds <= 10:
         raise UsageError(f"--seconds {args.seconds}: expected more than 0 and at most 10")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: expected at least 1")
+    if args.out is not None:
+        _check_out(args.out)
     begin = time.monotonic()
     with console.Progress(quiet=args.json, unit="steps") as bars:
         device = calibrate(args.folder, args.name, args.threads, args.seconds, bars.update)
@@ -153,6 +158,14 @@ def measured_figures() -> Callable[[float, str], Figure]:
     words = " ".join(["edge", *sys.argv[1:]]) if sys.argv[1:2] == ["calibrate"] else "edge calibrate"
     day = time.strftime("%Y-%m-%d")
     return lambda value, how: Figure(value, "measured", f"{day}, {words}: {how}")
+
+
+def _check_out(path: Path) -> None:
+    """Before a minute of measuring. Raises UsageError."""
+    if path.is_dir():
+        raise UsageError(f"--out {path}: is a folder: name a file in it")
+    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--out {path}: {path.parent} is no folder that can be written to")
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,6 +29,11 @@ edge eval qwen.bundle --workload gsm8k --prompts 32 --router tuned.safetensors -
 edge eval qwen.bundle --tasks arc_easy --limit 100 --router tuned.safetensors
 """
 
+# Which options say something about which source of what is judged.
+_TEXTS = ("window", "tokens", "slots", "segment", "save_traces")
+_OF_SOURCES = {"text": _TEXTS, "workload": (*_TEXTS, "prompts"), "tasks": ("limit", "task_folder")}
+_SEGMENT = 16
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `edge eval`."""
@@ -49,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="N", type=int, help="with --workload: only so many of its prompts")
     add("--slots", metavar="N", type=int, nargs="+",
         help="sizes of the judged caches, per layer (default: K, 1.3 K, 2 K, E/2 and 0.9 E)")  # fmt: skip
-    add("--segment", metavar="N", type=int, default=16, help="tokens of a segment of SRP and SCH (default: 16)")
+    add("--segment", metavar="N", type=int, help=f"tokens of a segment of SRP and SCH (default: {_SEGMENT})")
     add("--save-traces", metavar="DIR", type=Path, help="keep the routing of each variant, for edge simulate")
     add("--limit", metavar="N", type=int, help="with --tasks: only so many examples of each")
     add("--task-folder", metavar="DIR", type=Path, help="with --tasks: a folder with task files of your own")
@@ -60,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Judge and print. Raises EdgeError."""
     base, routers, priors = _options(args)
+    _check_source(args)
     if args.tasks:
         return _run_tasks(args, base, routers, priors)
     from runtime.engine import Engine
@@ -74,8 +81,24 @@ def run(args: argparse.Namespace) -> int:
         console.print_json({"policy": base.policy, "results": [_json(result) for result in results]})
     else:
         print(console.format_table(quality_rows(results), title="quality and reads"))
-        print(console.format_table(routing_rows(results, args.segment), title="routing"))
+        print(console.format_table(routing_rows(results, _segment(args)), title="routing"))
     return 0
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Refuses options of another source than the one that is judged, and a folder that cannot be. Raises UsageError."""
+    source = next(name for name in _OF_SOURCES if getattr(args, name))
+    for name in sorted({name for names in _OF_SOURCES.values() for name in names} - set(_OF_SOURCES[source])):
+        if getattr(args, name) is not None:
+            owners = " or ".join(f"--{owner}" for owner, names in _OF_SOURCES.items() if name in names)
+            raise UsageError(f"--{name.replace('_', '-')} goes with {owners}, not with --{source}: leave it out")
+    for name in ("prompts", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.save_traces:
+        there = next(path for path in (args.save_traces, *args.save_traces.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UsageError(f"--save-traces {args.save_traces}: {there} is no folder that can be written to")
 
 
 def _options(args: argparse.Namespace) -> tuple[EngineOptions, list[str], list[CachePrior]]:
@@ -101,13 +124,17 @@ def _judge(engine: Engine, args: argparse.Namespace, routers: list[str], priors:
     windows, source = _windows(engine, args)
     router = engine.config.router
     sizes = args.slots or default_slots(router.top_k, router.num_experts)
-    options = EvalOptions(tuple(sizes), engine.options.policy, args.segment)
+    options = EvalOptions(tuple(sizes), engine.options.policy, _segment(args))
     variants = [Variant(router) for router in routers]
     variants += [Variant(router, prior, slots) for router in routers for prior in priors for slots in sizes]
     with console.Progress(quiet=args.json, unit="windows") as progress:
         return evaluate(
             engine, variants, windows, source, options, lambda done, total: progress.update("windows", done, total)
         )
+
+
+def _segment(args: argparse.Namespace) -> int:
+    return _SEGMENT if args.segment is None else args.segment
 
 
 def _windows(engine: Engine, args: argparse.Namespace) -> tuple[list[list[int]], Origin]:

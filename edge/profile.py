@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edge.options import add_engine_arguments, engine_options
 from profiles.protocol import PROTOCOLS
 from profiles.telemetry.sources import CHOICES
 from profiles.workloads import WORKLOADS, load_workload
+from runtime.errors import UsageError
 
 NAME = "profile"
 HELP = "measure tokens over a workload, with power and temperature beside them"
@@ -54,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile; 0, or 130 after Ctrl-C with what there was until then. Raises EdgeError."""
+    if not 0 <= args.settle < math.inf:
+        raise UsageError(f"--settle {args.settle}: expected seconds from 0 on")
     names = ("prompts", "new_tokens", "cache", "repeats", "warm_up", "ignore_eos")
     protocol = PROTOCOLS[args.protocol].changed(**{name: getattr(args, name) for name in names})
     workload = load_workload(args.workload, args.download)
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
                 note=console.note, stop=lambda: interrupt.requested,
             )  # fmt: skip
     console.table(summary_rows(outcome.summary), title=str(args.out))
-    console.note(f"{'' if outcome.complete else 'interrupted; '}run: edge report {args.out}")
+    follows = f"run: edge report {args.out}" if outcome.summary["decode_tokens"] else "nothing to report"
+    console.note(f"{'' if outcome.complete else 'interrupted; '}{follows}")
     if args.json:
         console.print_json(outcome.summary)
     return 0 if outcome.complete else INTERRUPTED

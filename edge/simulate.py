@@ -79,6 +79,12 @@ def run(args: argparse.Namespace) -> int:
             "cache-prior here is open loop: the recorded logits stand, although another expert would change what "
             "follows; edge eval --routing cache-prior runs the model"
         )
+    args.policy, args.slots = list(dict.fromkeys(args.policy or [])), list(dict.fromkeys(args.slots or []))
+    if prior is not None and args.policy == [BELADY]:
+        raise UsageError(
+            "--policy belady must know what will be asked for, which cache-prior routing makes depend on the cache: "
+            "name another policy; the share of the optimum is told beside it"
+        )
     rows: list[Row] = []
     with console.Progress(quiet=args.json, unit="caches") as progress:
         for path in args.traces:

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             found = list(readings)
             count = len(found)
-            print(console.format_table(_rows(found), title=f"{args.file}: {count} readings"))
+            if found:
+                print(console.format_table(_rows(found), title=f"{args.file}: {count} readings"))
     if not count:
         raise UsageError(f"{args.file}: no line of tegrastats in it")
     return 0

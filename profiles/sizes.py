@@ -32,7 +32,7 @@ class Sizes:
 def model_sizes(config: ModelConfig, context: int) -> Sizes:
     """From the config alone; fp16 as in a bundle. Raises UsageError for a context that the model does not have."""
     if not 1 <= context <= config.max_context:
-        raise UsageError(f"--context {context}: this model allows {config.max_context} tokens")
+        raise UsageError(f"--context {context}: this model allows 1 to {config.max_context} tokens")
     layers, moe = range(config.num_layers), len(config.moe_layers)
     dense = sum(_bytes(layout.layer_tensors(config, layer)) for layer in layers)
     shared = 3 * config.hidden_size * config.shared_intermediate_size * _VALUE_BYTES

@@ -4,6 +4,7 @@ known, then all become one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -67,6 +68,8 @@ class TraceWriter:
         self._count = 0
         if not self.path.parent.is_dir() or not os.access(self.path.parent, os.W_OK):
             raise UsageError(f"{self.path}: {self.path.parent} is no folder that can be written to")
+        if self.path.is_dir():
+            raise UsageError(f"{self.path}: is a folder: name a file in it")
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -79,7 +82,8 @@ class TraceWriter:
                 self._finish()
         finally:
             for part in self._parts.values():
-                part.close()
+                with contextlib.suppress(OSError):  # what a full disk left in its buffer: the file has no name
+                    part.close()
 
     def add(self, block: Block) -> None:
         """Append a block. Every block has the same arrays. Raises EdgeError when the disk is full."""
@@ -108,7 +112,7 @@ class TraceWriter:
         with whole_file(self.path) as file:
             file.write(header_bytes(texts, shapes))
             for part in self._parts.values():
-                part.seek(0)
+                part.seek(0)  # writes what is buffered: a full disk is told by whole_file
                 shutil.copyfileobj(part, file, 1 << 20)
             file.write(last)
 

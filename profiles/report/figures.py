@@ -62,8 +62,11 @@ class Drawing:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         if self._png is not None:
-            self._png.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self._png / f"{name}.png", dpi=160)
+            try:
+                self._png.mkdir(parents=True, exist_ok=True)
+                figure.savefig(self._png / f"{name}.png", dpi=160)
+            except OSError as error:
+                raise UsageError(f"--png {self._png}: {error.strerror}") from None
         self._pyplot.close(figure)
         body = text.getvalue()
         body = body[body.index("<svg") :]
