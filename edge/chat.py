@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edge import console
 from edge.answer import print_answer
 from edge.interrupt import Interrupt, Terminated
-from edge.options import add_engine_arguments, add_generate_arguments, engine_options, generate_options
+from edge.options import add_engine_arguments, add_generate_arguments, engine_options, generate_options, note_greedy
 from edge.report import summary_rows
 from runtime.errors import UsageError
 
@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
         if defaults:
             words = ", ".join(f"{name} {value}" for name, value in defaults.items())
             console.note(f"text: the model's own defaults where nothing else is asked for: {words}")
+        options = generate_options(args, defaults)
+        note_greedy(args, options)
         console.note(COMMANDS)
-        Conversation(engine, tokenizer, generate_options(args, defaults), args.system).talk()
+        Conversation(engine, tokenizer, options, args.system).talk()
     return 0
 
 

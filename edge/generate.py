@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 from edge import console
 from edge.answer import print_answer
 from edge.interrupt import Interrupt
-from edge.options import add_engine_arguments, add_generate_arguments, argument, engine_options, generate_options
+from edge.options import (
+    add_engine_arguments,
+    add_generate_arguments,
+    argument,
+    engine_options,
+    generate_options,
+    note_greedy,
+)
 from edge.report import summary_rows
 from runtime.errors import UsageError
 
@@ -47,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate; 0, or 130 after Ctrl-C. Raises EdgeError."""
     options = generate_options(args)
+    note_greedy(args, options)
     prompt = _read_prompt(args)
     from runtime.engine import Engine
 

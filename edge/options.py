@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from edge import console
 from edge.console import parse_size
 from runtime.backends import BackendName, ExpertKernelName
 from runtime.cache import Scope
@@ -21,6 +22,7 @@ from runtime.errors import UsageError
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.policies import POLICIES
 
+_MOST_THREADS = 1024
 Options = TypeVar("Options", EngineOptions, GenerateOptions)
 
 
@@ -107,7 +109,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """What the engine arguments say."""
+    """What the engine arguments say. Raises UsageError."""
+    for name in ("threads", "read_threads"):
+        value = getattr(args, name, None)
+        if value is not None and value > _MOST_THREADS:  # far more, and the library that is asked for them crashes
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at most {_MOST_THREADS}")
     return _build(EngineOptions, args, {})
 
 
@@ -118,6 +124,16 @@ def generate_options(args: argparse.Namespace, defaults: Mapping[str, Any] | Non
     if "" in options.stop:
         raise UsageError("--stop '': an empty text is found everywhere; leave it out")
     return dataclasses.replace(options, stop=tuple(options.stop))
+
+
+def note_greedy(args: argparse.Namespace, options: GenerateOptions) -> None:
+    """Say which options of drawing tokens were given although none is drawn."""
+    given = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
+    if given and options.temperature == 0:
+        verb = "changes" if len(given) == 1 else "change"
+        console.note(
+            f"{' and '.join(given)} {verb} nothing at temperature 0, which takes the best token: --temperature T"
+        )
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

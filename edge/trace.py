@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge import console
 from edge.interrupt import Interrupt
-from edge.options import add_engine_arguments, add_generate_arguments, engine_options, generate_options
+from edge.options import add_engine_arguments, add_generate_arguments, engine_options, generate_options, note_greedy
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def add_sources(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record; 0, or 130 after Ctrl-C with the requests until then. Raises EdgeError."""
     options, prompts = generate_options(args), load_prompts(args)
+    note_greedy(args, options)
     from remoe.record import choice_bias, info_of, watching
     from remoe.trace import Origin, Trace, TraceWriter
     from remoe.windows import text_windows

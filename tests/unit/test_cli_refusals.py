@@ -144,3 +144,20 @@ def test_a_full_disk_names_the_trace(tmp_path: Path, capsys: pytest.CaptureFixtu
             writer._parts["experts"], writer._shapes["experts"] = full, ("uint8", (2, 2))
             writer._count = 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["--threads", "--read-threads"])
+def test_more_threads_than_a_machine_can_have_are_refused(
+    option: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(bundle), "--prompt", "a", option, "100000"]) == 2
+    assert f"{option} 100000: expected at most 1024" in capsys.readouterr().err
+
+
+def test_options_of_drawing_are_not_ignored_in_silence(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(bundle), "--slots-per-layer", "8", "--prompt", "a", "--max-new-tokens", "1"]
+    told = "--top-k and --seed change nothing at temperature 0"
+    assert main([*words, "--top-k", "5", "--seed", "3"]) == 0
+    assert told in capsys.readouterr().err
+    assert main([*words, "--top-k", "5", "--seed", "3", "--temperature", "0.5"]) == 0
+    assert told not in capsys.readouterr().err
