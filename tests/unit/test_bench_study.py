@@ -148,7 +148,15 @@ def test_verdict_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "study.png").stat().st_size > 5000
 
 
-def test_without_the_published_gain_there_is_no_verdict(tmp_path: Path) -> None:
-    points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8, eor=0.31)]
+def test_without_the_published_gain_remoe_stands_where_it_is_affordable(tmp_path: Path) -> None:
+    points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8, eor=0.31), _point("ReMoE", 10.2, 1.5, eor=0.32)]
+    points[2]["strength"] = 2.0
     write_page(points, 2, tmp_path)
-    assert (tmp_path / "study.md").read_text().startswith("No strength of ReMoE")
+    page = (tmp_path / "study.md").read_text()
+    assert page.startswith("No strength of ReMoE that was tried has the published gain of EOR. It stands here at 1, ")
+    assert "### At ReMoE's perplexity, 10.05" in page
+
+
+def test_without_remoe_there_is_no_verdict(tmp_path: Path) -> None:
+    write_page([_point("stock", 10.0, 2.0), _point("cache-prior", 10.05, 1.8)], 2, tmp_path)
+    assert (tmp_path / "study.md").read_text().startswith("ReMoE was not run")
