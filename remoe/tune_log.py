@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,20 @@ class TuneLog:
     """
 
     def __init__(self, path: Path, resume_after: int | None = None) -> None:
-        """`resume_after`: the last step to keep; None starts anew. Raises EdgeError."""
+        """`resume_after`: the last step to keep; None starts anew. Raises EdgeError, UsageError while another run of
+        the same OUT is at work: the two would mix their logs and states.
+        """
         self.path = path
         kept = [] if resume_after is None else [n for n in read_log(path) if n.get("step", 0) <= resume_after]
         self.history: list[dict[str, Any]] = [n for n in kept if "step" in n]
         try:
-            path.write_text("".join(json.dumps(n) + "\n" for n in kept))
             self._file = path.open("a", buffering=1)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+            self._file.truncate(0)
+            self._file.write("".join(json.dumps(n) + "\n" for n in kept))
+        except BlockingIOError:
+            self._file.close()
+            raise UsageError(f"{path}: another run is writing this log: give each run its own --out") from None
         except OSError as error:
             raise EdgeError(f"{path}: the log cannot be written: {error.strerror}") from error
 

@@ -17,7 +17,7 @@ from edge.cli import main
 from export.exporter import export_bundle
 from export.settings import ExportOptions
 from remoe.objective import Objective
-from remoe.tune_log import TuneLog
+from remoe.tune_log import TuneLog, read_log
 from runtime.config import RouterConfig
 from runtime.errors import EdgeError, UsageError
 from tests.checkpoints import make_checkpoint
@@ -145,7 +145,21 @@ def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - a disk without space
     with pytest.raises(EdgeError, match=f"r.jsonl: the log cannot be written: {os.strerror(errno.ENOSPC)}"):
         log.write({"step": 2})
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        log._file.close()
     assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == [{"step": 1}]
+
+
+def test_two_runs_of_one_router_do_not_mix(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.safetensors"
+    first = TuneLog(tmp_path / "r.jsonl")
+    first.write({"step": 1})
+    assert tune(folder / "ck", folder, out, "--eval-sequences", "0") == 2
+    assert "r.jsonl: another run is writing this log" in capsys.readouterr().err
+    assert (tmp_path / "r.jsonl").read_text() == '{"step": 1}\n'
+    first.close()
+    assert tune(folder / "ck", folder, out, "--eval-sequences", "0") == 0
+    assert [n["step"] for n in read_log(tmp_path / "r.jsonl") if "step" in n] == [1, 2, 3, 4]
 
 
 def test_softness_and_reach_are_finite() -> None:
