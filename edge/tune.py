@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.from_trace:
         from edge.tune_layers import run_layers
 
-        return run_layers(args, options)
+        with _told_how_to_go_on(args):
+            return run_layers(args, options)
     if not args.checkpoint or not args.data:
         raise UsageError("edge tune needs CHECKPOINT and --data FILE ..., or --from-trace TRACE and --router BUNDLE")
     if args.router is not None:
@@ -104,9 +107,20 @@ def run(args: argparse.Namespace) -> int:
 
     workers = Workers(args.device)
     try:
-        return _tune(args, options, workers)
+        with _told_how_to_go_on(args):
+            return _tune(args, options, workers)
     finally:
         workers.close()
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state_path(args.out).is_file():
+            console.note("the run is kept: the same command with --resume goes on with it")
+        raise
 
 
 def _tune(args: argparse.Namespace, options: TuneOptions, workers: Workers) -> int:

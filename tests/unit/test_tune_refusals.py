@@ -122,7 +122,12 @@ def test_a_weight_that_is_no_number_is_not_blamed_on_the_learning_rate(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_tells_by_what(
-    number: int, code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    code: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write = TuneLog.write
 
@@ -135,6 +140,7 @@ def test_a_stopped_run_tells_by_what(
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert tune(folder / "ck", folder, tmp_path / "r.safetensors", "--eval-sequences", "0") == code
     assert sorted(os.listdir(tmp_path)) == ["r.jsonl", "r.safetensors.state"]
+    assert "the same command with --resume goes on with it" in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
