@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
 
 NAME = "bench"
-HELP = "compare routers, routing rules and recorded routing of one bundle in one interleaved run"
+HELP = "compare routers, routing rules, policies and recorded routing of one bundle in one interleaved run"
 EXAMPLES = """
 edge bench qwen.bundle --router base --router remoe-chat --slots-per-layer 8 --prompts 32
 edge bench qwen.bundle --routing stock --routing cache-prior --prior-strength 0.2 --warm
