@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 LINE = "RAM {n}/15656MB CPU [1%@1984,off] GR3D_FREQ 7% cpu@50C VDD_IN 5000mW/1mW VDD_CPU_GPU_CV 2000mW/1mW"
@@ -48,6 +48,12 @@ class FakeTegrastats:
 
     def running(self) -> list[str]:
         """Processes of the groups that were started and still run (a zombie waits for init, it does not run)."""
-        groups = self._pids.read_text().split() if self._pids.exists() else []
-        found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-        return [line for line in found.splitlines() if line.split()[0] in groups and line.split()[1][0] != "Z"]
+        groups = {int(pid) for pid in self._pids.read_text().split()} if self._pids.exists() else set()
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {process.name()}")
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue  # it ended while we looked
+        return found
