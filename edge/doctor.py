@@ -16,6 +16,7 @@ from edge import console, probe
 from edge.checks import ROOT, Check, machine_checks
 from edge.disk import disk_checks
 from runtime.backends import has_nvidia_gpu
+from runtime.errors import UsageError
 
 NAME = "doctor"
 HELP = "check this machine: memory, disk, back-ends"
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows; 1 when one of them is FAIL."""
+    if args.no_speed and args.path != Path():
+        raise UsageError(f"--no-speed leaves disks alone: leave {args.path} out, or the option")
     rows = machine_checks()
     if not args.no_speed:
         rows += disk_checks(args.path)

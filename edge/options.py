@@ -22,7 +22,6 @@ from runtime.errors import UsageError
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions, GenerateOptions
 from runtime.policies import POLICIES
 
-_MOST_THREADS = 1024
 Options = TypeVar("Options", EngineOptions, GenerateOptions)
 
 
@@ -109,18 +108,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """What the engine arguments say. Raises UsageError."""
-    for name in ("threads", "read_threads"):
-        value = getattr(args, name, None)
-        if value is not None and value > _MOST_THREADS:  # far more, and the library that is asked for them crashes
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at most {_MOST_THREADS}")
+    """What the engine arguments say."""
     return _build(EngineOptions, args, {})
 
 
 def generate_options(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> GenerateOptions:
     """What the text arguments say; `defaults` stand between them and the dataclass. Raises UsageError."""
     options = _build(GenerateOptions, args, defaults or {})
-    options.sampling()  # refuses values that cannot be before anything is loaded
+    options.check()  # before anything is loaded
     if "" in options.stop:
         raise UsageError("--stop '': an empty text is found everywhere; leave it out")
     return dataclasses.replace(options, stop=tuple(options.stop))

@@ -27,7 +27,7 @@ def view_tensors(data: memoryview, name: str, shapes: dict[str, tuple[int, ...]]
     """Tensors over the bytes of a safetensors file; see load_tensors."""
     start, header = parse_header(data, name)
     if set(header) != set(shapes):
-        raise BundleError(f"{name}: holds the tensors {sorted(header)}, expected {sorted(shapes)}")
+        raise BundleError(f"{name}: {_difference(set(shapes), set(header))}")
     tensors = {}
     for tensor, entry in header.items():
         dtype, begin, end = check_entry(entry, f"{name}: {tensor}", shapes[tensor], len(data) - start)
@@ -35,6 +35,16 @@ def view_tensors(data: memoryview, name: str, shapes: dict[str, tuple[int, ...]]
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
         tensors[tensor] = flat.view(shapes[tensor])
     return tensors
+
+
+def _difference(wanted: set[str], found: set[str]) -> str:
+    """In a line, however many tensors there are."""
+    parts = []
+    for names, what in ((wanted - found, "lacks"), (found - wanted, "has too many:")):
+        if names:
+            first, *others = sorted(names)
+            parts.append(f"{what} {first}" + (f" and {len(others)} more" if others else ""))
+    return f"{', '.join(parts)}; {len(wanted)} tensors are expected, {len(found)} are there"
 
 
 def parse_header(data: memoryview, name: str) -> tuple[int, dict[str, Any]]:

@@ -77,8 +77,10 @@ class Engine:
 
     def close(self) -> None:
         """Close the record, end the reader threads and close the bundle's files. Safe to call twice."""
-        self._recorder.close()
-        self._held.close()
+        try:
+            self._recorder.close()
+        finally:
+            self._held.close()
 
     @property
     def context(self) -> int:
@@ -150,6 +152,7 @@ class Engine:
         Raises UsageError before the first token, ReadError when an expert cannot be read (the next call works).
         """
         options = options or GenerateOptions()
+        options.check()
         sampler = Sampler(options.sampling())
         begin = time.monotonic_ns()
         ids = self.encode(prompt)
@@ -259,8 +262,6 @@ class Engine:
             recorder.end(self.report())
 
     def _check_length(self, prompt: int, new: int) -> None:
-        if new < 1:
-            raise UsageError(f"--max-new-tokens {new}: expected at least 1")
         if prompt + new > self.context:
             raise UsageError(
                 f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, but it is "

@@ -17,6 +17,7 @@ from runtime.sampler import SamplingOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_CONTEXT = 4096
+_MOST_THREADS = 1024  # with far more the library that is asked for them crashes
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.removesuffix('_bytes').replace('_', '-')} {value}: expected at least 1")
+        for name in ("threads", "read_threads"):
+            value = getattr(self, name)
+            if value is not None and value > _MOST_THREADS:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected at most {_MOST_THREADS}")
         _ = self.prior
 
     @property
@@ -95,6 +100,12 @@ class GenerateOptions:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     reuse_prefix: bool = False  # keep the KV rows of what the prompt has in common with the sequence before
+
+    def check(self) -> None:
+        """Raises UsageError for values that cannot be."""
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")
+        self.sampling()
 
     def sampling(self) -> SamplingOptions:
         """The part that the sampler needs. Raises UsageError for values that cannot be."""

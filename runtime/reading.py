@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 def failed(name: str, problem: str) -> ReadError:
     """The error of a blob that could not be read."""
-    return ReadError(f"{name}: {problem} (read twice): run `edge verify --full` on the bundle")
+    return ReadError(f"{name}: {problem} (read twice): run `edge verify` on the bundle")
 
 
 def cut(blob_bytes: int, threads: int) -> list[tuple[int, int]]:

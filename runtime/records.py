@@ -15,7 +15,7 @@ import psutil
 
 from runtime.cache import CacheStats
 from runtime.decoder import Timing
-from runtime.errors import UsageError
+from runtime.errors import EdgeError, UsageError
 
 FinishReason = Literal["length", "eos", "stop", "interrupted", "error"]
 
@@ -138,6 +138,7 @@ class Recorder:
 
     def __init__(self, path: Path | None) -> None:
         self._file: IO[str] | None = None
+        self._path = path
         if path is not None:
             try:
                 self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -155,17 +156,30 @@ class Recorder:
         """The last line of a run; a file without it was cut off."""
         self._write({"type": "end", **summary})
         if self._file is not None:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._cut_off(error) from None
 
     def close(self) -> None:
         """What a run that has not ended would still write is dropped. Safe to call twice."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                raise self._cut_off(error) from None
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            text = json.dumps(line, separators=(",", ":")) + "\n"
+            try:
+                self._file.write(text)
+            except OSError as error:
+                raise self._cut_off(error) from None
+
+    def _cut_off(self, error: OSError) -> EdgeError:
+        return EdgeError(f"--record {self._path}: {error.strerror}: the record ends before the run")
 
 
 def percentile(ordered: list[float], percent: float) -> float:

@@ -48,7 +48,7 @@ def test_one_bad_read_heals(kind: str, number: int, compiled: bool) -> None:
 def test_a_bad_blob_fails_its_request_and_only_that(kind: str, bad: int, compiled: bool) -> None:
     storage = FaultyStorage(1, 6, BLOB, lambda _count, _layer, expert: kind if expert == bad else None)
     cache, loader = make_cache(storage, layers=1, slots=4, compiled=compiled)
-    with pytest.raises(ReadError, match=f"expert_{bad:03d}.fp16.*edge verify --full"):
+    with pytest.raises(ReadError, match=f"expert_{bad:03d}.fp16.*edge verify"):
         fetch(storage, cache, [0, 1, 2, 3])
     cache.check_integrity()
     assert storage.fired >= 2

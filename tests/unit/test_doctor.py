@@ -197,3 +197,8 @@ def test_machine_checks_work_on_the_machine_that_runs_the_tests() -> None:
     names = [row.name for row in checks.machine_checks()]
     assert {"python", "device", "memory", "swap", "huge pages", "open files", "telemetry"} <= set(names)
     assert sys.version_info >= (3, 10)
+
+
+def test_a_folder_that_is_not_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "elsewhere", "--no-speed"]) == 2
+    assert "leave elsewhere out" in capsys.readouterr().err

@@ -308,3 +308,9 @@ def test_the_table_shows_a_dash_for_what_was_not_measured() -> None:
     assert rows["hit rate"] == "- % (lru, 24 experts in 415 MB)"
     assert rows["read"] == "- MB per token, - GB/s through the page cache"
     assert rows["memory"] == "peak 1000 MB of 2500 MB planned, and 230 MB of mapped code"
+
+
+def test_a_full_disk_under_the_record_names_the_file(bundles: dict[str, str], edge: Run) -> None:
+    done = edge("generate", bundles["text"], "--prompt", "x", "--max-new-tokens", "2", "--record", "/dev/full")
+    assert done.code == 1
+    assert "--record /dev/full: No space left on device: the record ends before the run" in done.err

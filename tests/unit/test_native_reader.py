@@ -132,7 +132,7 @@ def test_the_kernels_own_words_for_a_failed_read(files: Files, tmp_path: Path) -
         os.close(spare)
         os.close(writer)
     assert fine is None
-    assert f"expert_000.fp16: {os.strerror(9)} (read twice): run `edge verify --full`" in str(error)
+    assert f"expert_000.fp16: {os.strerror(9)} (read twice): run `edge verify`" in str(error)
 
 
 def test_no_progress_is_an_error(library: ctypes.CDLL) -> None:
