@@ -38,7 +38,7 @@ COMMANDS = {
     "eval": "judge routers: quality against the stock router, and what they read",
     "forecast": "tell from a config whether a model fits a board, and how fast it can be at best",
     "profile": "measure tokens over a workload, with power and temperature beside them",
-    "bench": "compare routers, routing rules and recorded routing of one bundle in one interleaved run",
+    "bench": "compare routers, routing rules, policies and recorded routing of one bundle in one interleaved run",
     "report": "turn runs of edge profile into one HTML page",
     "tegrastats": "turn a tegrastats log into JSON lines or a summary",
 }
