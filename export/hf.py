@@ -26,6 +26,7 @@ from export.source import read_json
 from runtime.config import ModelConfig
 from runtime.errors import CheckpointError, EdgeError, UsageError
 from runtime.layout import router_tensors
+from runtime.private_files import sync
 from runtime.router import choose
 from runtime.router_file import check_base, gates_sha256, load_router
 
@@ -157,11 +158,11 @@ class _Writer:
 
     def _publish(self) -> tuple[int, int]:
         sizes = [path.stat().st_size for path in self._staged.iterdir()]
-        _sync_directory(self._staged)
+        sync(self._staged)
         if os.path.lexists(self._out):
             raise UsageError(f"{self._out}: appeared meanwhile; choose another name")
         self._staged.rename(self._out)
-        _sync_directory(self._out.parent)
+        sync(self._out.parent)
         return len(sizes), sum(sizes)
 
     def _rewrite(self, file: str) -> int:
@@ -253,11 +254,3 @@ def _rounded(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
         different += exact.numel() - int(same)
         total += exact.numel()
     return different / total
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

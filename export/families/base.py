@@ -110,13 +110,10 @@ class Family(ABC):
 
     def expert(self, config: ModelConfig, layer: int, expert: int, names: Container[str]) -> tuple[Rows, ...]:
         """gate, up and down of one expert, from a tensor each or from the stacked tensors of transformers 5."""
-        experts, inner, hidden = config.router.num_experts, config.expert_intermediate_size, config.hidden_size
+        inner, hidden = config.expert_intermediate_size, config.hidden_size
         at = f"{self.moe_module(layer, names)}experts."
         if at + "gate_up_proj" in names:
-            return (
-                Rows(at + "gate_up_proj", (experts, 2 * inner, hidden), expert * 2 * inner, 2 * inner),
-                Rows(at + "down_proj", (experts, hidden, inner), expert * hidden, hidden),
-            )
+            return cut_out(config, expert, at + "gate_up_proj", at + "down_proj")
         gate, up, down = (f"{at}{expert}.{name}.weight" for name in self.experts_at)
         return Rows(gate, (inner, hidden)), Rows(up, (inner, hidden)), Rows(down, (hidden, inner))
 
@@ -132,6 +129,10 @@ class Family(ABC):
         return f"model.layers.{layer}.{self.moe}."
 
 
-def sparse_layers(num_layers: int, step: int, dense: list[int]) -> tuple[int, ...]:
-    """Layers with experts, by Qwen's `decoder_sparse_step` and `mlp_only_layers`."""
-    return tuple(n for n in range(num_layers) if n not in dense and step > 0 and (n + 1) % step == 0)
+def cut_out(config: ModelConfig, expert: int, gate_up: str, down: str) -> tuple[Rows, Rows]:
+    """One expert's rows of the stacked tensors `gate_up` [E, 2I, H] and `down` [E, H, I]."""
+    experts, inner, hidden = config.router.num_experts, config.expert_intermediate_size, config.hidden_size
+    return (
+        Rows(gate_up, (experts, 2 * inner, hidden), expert * 2 * inner, 2 * inner),
+        Rows(down, (experts, hidden, inner), expert * hidden, hidden),
+    )

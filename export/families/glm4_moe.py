@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from export.families.base import Rows, Sources
 from export.families.bias_routed import BiasRoutedFamily
 from export.families.options import Options
+from export.families.parts import basics, grouped_query
 from runtime.config import AttentionConfig, ModelConfig
 
 
@@ -22,13 +24,8 @@ class Glm4Moe(BiasRoutedFamily):
         attention = _attention(o)
         first_dense, inner = o.size("first_k_dense_replace", least=0), o.size("moe_intermediate_size")
         config = ModelConfig(
-            family=self.model_type,
-            vocab_size=o.size("vocab_size"),
-            hidden_size=o.size("hidden_size"),
-            num_layers=layers,
-            max_context=context,
+            **basics(o),
             norm_eps=o.number("rms_norm_eps", 1e-5),
-            activation=o.activation(),
             attention=attention,
             rope=o.rope(attention.head_dim, context, partial=0.5),
             router=self.router_config(o),
@@ -36,9 +33,6 @@ class Glm4Moe(BiasRoutedFamily):
             expert_intermediate_size=inner,
             shared_intermediate_size=inner * o.size("n_shared_experts"),
             dense_intermediate_size=o.size("intermediate_size") if first_dense else 0,
-            tied_embeddings=o.flag("tie_word_embeddings", False),
-            bos_token_id=o.integer("bos_token_id", None),
-            eos_token_ids=o.token_ids("eos_token_id"),
         )
         o.size("intermediate_size", None)  # without dense layers nothing uses it
         o.finish()
@@ -63,14 +57,8 @@ class Glm4Moe(BiasRoutedFamily):
 def _attention(o: Options) -> AttentionConfig:
     heads = o.size("num_attention_heads")
     head_dim = o.size("head_dim", o.size("hidden_size") // heads)
-    return AttentionConfig(
-        kind="gqa",
-        num_heads=heads,
-        num_kv_heads=o.size("num_key_value_heads"),
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        rope_head_dim=head_dim,
-        scale=head_dim**-0.5,
+    return replace(
+        grouped_query(heads, o.size("num_key_value_heads"), head_dim),
         qkv_bias=o.flag("attention_bias", False),  # o_proj never has one
         qk_norm="head" if o.flag("use_qk_norm", False) else "none",
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
-from export.families.base import Family, Rows, Sources
+from export.families.base import Family, Rows, Sources, cut_out
 from export.families.options import Options
-from runtime.config import AttentionConfig, ModelConfig, RouterConfig
+from export.families.parts import basics, grouped_query
+from runtime.config import ModelConfig, RouterConfig
 
 
 class GraniteMoe(Family):
@@ -25,20 +27,10 @@ class GraniteMoe(Family):
         bias = o.flag("attention_bias", False)
         o.full_attention(True, context)
         config = ModelConfig(
-            family=self.model_type,
-            vocab_size=o.size("vocab_size"),
-            hidden_size=hidden,
-            num_layers=layers,
-            max_context=context,
+            **basics(o),
             norm_eps=o.number("rms_norm_eps", 1e-6),
-            activation=o.activation(),
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=heads,
-                num_kv_heads=o.size("num_key_value_heads", heads),
-                head_dim=head_dim,
-                v_head_dim=head_dim,
-                rope_head_dim=head_dim,
+            attention=replace(
+                grouped_query(heads, o.size("num_key_value_heads", heads), head_dim),
                 scale=o.number("attention_multiplier", 1.0),  # in place of 1 / sqrt(head_dim)
                 qkv_bias=bias,
                 o_bias=bias,
@@ -48,12 +40,9 @@ class GraniteMoe(Family):
             router=RouterConfig(num_experts=o.experts(), top_k=o.size("num_experts_per_tok"), normalise=True),
             moe_layers=tuple(range(layers)),
             expert_intermediate_size=o.size("intermediate_size"),
-            tied_embeddings=o.flag("tie_word_embeddings", False),
             embed_scale=o.number("embedding_multiplier", 1.0),
             residual_scale=o.number("residual_multiplier", 1.0),
             logits_scale=1.0 / o.positive("logits_scaling", 1.0),
-            bos_token_id=o.integer("bos_token_id", None),
-            eos_token_ids=o.token_ids("eos_token_id"),
         )
         o.finish()
         return config
@@ -66,13 +55,7 @@ class GraniteMoe(Family):
 
     def expert(self, config: ModelConfig, layer: int, expert: int, names: Container[str]) -> tuple[Rows, ...]:
         """See Family.expert: both spellings have stacked tensors."""
-        experts, inner, hidden = config.router.num_experts, config.expert_intermediate_size, config.hidden_size
         at = f"model.layers.{layer}.{self.moe}."
-        on_hub = at + "input_linear.weight" in names
-        gate_up, down = (
-            ("input_linear.weight", "output_linear.weight") if on_hub else ("experts.gate_up_proj", "experts.down_proj")
-        )
-        return (
-            Rows(at + gate_up, (experts, 2 * inner, hidden), expert * 2 * inner, 2 * inner),
-            Rows(at + down, (experts, hidden, inner), expert * hidden, hidden),
-        )
+        if at + "input_linear.weight" in names:
+            return cut_out(config, expert, at + "input_linear.weight", at + "output_linear.weight")
+        return cut_out(config, expert, at + "experts.gate_up_proj", at + "experts.down_proj")

@@ -11,6 +11,7 @@ from typing import Any
 
 from export.families.base import Family, Rows, Sources
 from export.families.options import HARMLESS, Options, mscale
+from export.families.parts import basics
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 
 # Losses and parallelism of the training; head_dim and qk_head_dim, which transformers derives whatever the file says.
@@ -37,13 +38,8 @@ class LatentFamily(Family):
         o.only("moe_layer_freq", 1)
         o.only("mlp_bias", False)
         config = ModelConfig(
-            family=self.model_type,
-            vocab_size=o.size("vocab_size"),
-            hidden_size=o.size("hidden_size"),
-            num_layers=layers,
-            max_context=context,
+            **basics(o),
             norm_eps=o.number("rms_norm_eps", 1e-6),
-            activation=o.activation(),
             attention=_attention(o, rope),
             rope=rope,
             router=self.router_config(o),
@@ -51,9 +47,6 @@ class LatentFamily(Family):
             expert_intermediate_size=inner,
             shared_intermediate_size=inner * o.size("n_shared_experts", 0, least=0),
             dense_intermediate_size=o.size("intermediate_size") if first_dense else 0,
-            tied_embeddings=o.flag("tie_word_embeddings", False),
-            bos_token_id=o.integer("bos_token_id", None),
-            eos_token_ids=o.token_ids("eos_token_id"),
         )
         o.size("intermediate_size", None)  # without dense layers nothing uses it
         o.finish()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from export.families.base import Family
 from export.families.options import Options
-from runtime.config import AttentionConfig, ModelConfig, RouterConfig
+from export.families.parts import basics, grouped_query
+from runtime.config import ModelConfig, RouterConfig
 
 
 class Olmoe(Family):
@@ -22,37 +24,19 @@ class Olmoe(Family):
         head_dim = hidden // heads
         bias = o.flag("attention_bias", False)
         config = ModelConfig(
-            family=self.model_type,
-            vocab_size=o.size("vocab_size"),
-            hidden_size=hidden,
-            num_layers=layers,
-            max_context=context,
+            **basics(o),
             norm_eps=o.number("rms_norm_eps", 1e-5),
-            activation=o.activation(),
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=heads,
-                num_kv_heads=o.size("num_key_value_heads", heads),
-                head_dim=head_dim,
-                v_head_dim=head_dim,
-                rope_head_dim=head_dim,
-                scale=head_dim**-0.5,
+            attention=replace(
+                grouped_query(heads, o.size("num_key_value_heads", heads), head_dim),
                 qkv_bias=bias,
                 o_bias=bias,
                 qk_norm="full",
                 clip_qkv=o.number("clip_qkv", None),
             ),
             rope=o.rope(head_dim, context),
-            router=RouterConfig(
-                num_experts=o.experts(),
-                top_k=o.size("num_experts_per_tok"),
-                normalise=o.flag("norm_topk_prob", False),
-            ),
+            router=RouterConfig(o.experts(), o.size("num_experts_per_tok"), normalise=o.flag("norm_topk_prob", False)),
             moe_layers=tuple(range(layers)),
             expert_intermediate_size=o.size("intermediate_size"),
-            tied_embeddings=o.flag("tie_word_embeddings", False),
-            bos_token_id=o.integer("bos_token_id", None),
-            eos_token_ids=o.token_ids("eos_token_id"),
         )
         o.finish()
         return config
