@@ -117,7 +117,7 @@ class Runner:
         """Methods and seeds: those that decide with every seed, the others with the first; stock, with which all are
         compared, is always among them. Raises UsageError for a name that no method has.
         """
-        known = list(methods(self.study.strengths, self.study.tuned_slots))
+        known = list(methods(self.study.strengths, self.study.tuned_slots, len(self.config.moe_layers)))
         names = {method.name for method in known}
         if only and not set(only) <= names:
             raise UsageError(f"no method {min(set(only) - names)!r} (known: {', '.join(sorted(names))})")

@@ -43,8 +43,10 @@ class Strengths:
     energy: tuple[float, ...]  # of the rule by energy
 
 
-def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
-    """All of them, the plain ones first; `slots` are the cache sizes for which routers are tuned."""
+def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterator[Method]:
+    """All of them, the plain ones first; `slots` are the cache sizes for which routers are tuned, `layers` those with
+    experts.
+    """
     yield Method("stock", 0.0)
     yield Method("gate-aware cache", 0.0, policy="gate")
     for strength in strengths.prior:
@@ -60,6 +62,10 @@ def methods(strengths: Strengths, slots: tuple[int, ...]) -> Iterator[Method]:
     weakest, middle = strengths.remoe[0], strengths.remoe[len(strengths.remoe) // 2]
     yield Method("ReMoE without Trust", weakest, scaled(replace(_PUBLISHED, trust=0.0), weakest))
     yield Method("ReMoE, output anchor", middle, scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))
+    falling = tuple(2 * (layers - number) / (layers + 1) for number in range(layers))  # its mean is 1
+    for where, factors in (("early", falling), ("late", falling[::-1])):
+        stronger = replace(scaled(_PUBLISHED, middle), layer_strength=factors)
+        yield Method(f"ReMoE, stronger in {where} layers", middle, stronger)
     for size in slots:
         target = replace(scaled(_PUBLISHED, middle), reuse_target="cache", cache_slots=size)
         yield Method("ReMoE, cache as target", middle, target, slots=size)

@@ -67,7 +67,7 @@ def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> N
 
 def test_every_method_is_named_once_and_tunes_something() -> None:
     strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,))
-    found = list(methods(strengths, (2, 4)))
+    found = list(methods(strengths, (2, 4), 3))
     assert len({method.key for method in found}) == len(found)
     by_name = {method.name: method for method in found}
     ce_only, published = by_name["CE only"].objective, by_name["ReMoE"].objective
@@ -75,6 +75,9 @@ def test_every_method_is_named_once_and_tunes_something() -> None:
     assert published is not None
     assert (ce_only.ce, ce_only.trust, ce_only.reuse, ce_only.smooth, ce_only.lag, ce_only.window) == (1, 0, 0, 0, 0, 0)
     assert published.reuse > 0 < published.trust
+    early = by_name["ReMoE, stronger in early layers"].objective
+    assert early is not None
+    assert early.layer_strength == (1.5, 1.0, 0.5)
     rules = {method.name: method.prior for method in found if method.objective is None and method.prior}
     prior, energy = CachePrior(0.2), CachePrior(0.05, scaling="energy")
     assert rules == {
