@@ -12,6 +12,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -237,6 +238,18 @@ class Request:
         while self._outstanding:
             yield from self._hand_out(*self._land())
         assert not self._waiting, "a request ran out of slots with nothing pinned"
+
+    @contextmanager
+    def residents(self) -> Iterator[list[tuple[int, torch.Tensor]]]:
+        """All experts that are here, to be computed together; iterating afterwards yields the others."""
+        ready = [self._ready.popleft() for _ in range(len(self._ready))]
+        try:
+            yield [(expert, self.arena.tensors[slot]) for expert, slot in ready]
+        finally:
+            for _, slot in ready:
+                self.arena.used(slot)
+        for expert, _ in ready:
+            self._release(expert)
 
     def __exit__(self, *_: object) -> None:
         """Unpin everything; reads that nobody waits for any more are let land, so that no slot is lost."""

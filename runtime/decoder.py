@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.backends.base import Backend
-from runtime.cache import ExpertCache
+from runtime.cache import ExpertCache, Request
 from runtime.config import ModelConfig
 from runtime.graph_io import BLOCK_TOKENS
 from runtime.kv_cache import KVCache
@@ -140,6 +140,8 @@ class Decoder:
         with self.cache.fetch(layer, list(places)) as request:
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
             begin = time.monotonic_ns()
+            if len(h) == 1:  # a prompt may need the slots of some residents for others
+                self._residents(h, request, list(places), outputs)
             for expert, slot in request:
                 rows, ranks = places[expert]
                 outputs[rows, ranks] = self._backend.run_expert(h[rows], slot)
@@ -148,6 +150,13 @@ class Decoder:
             mixed += shared
         self._timing.expert += time.monotonic_ns() - begin
         return mixed
+
+    def _residents(self, h: torch.Tensor, request: Request, chosen: list[int], outputs: torch.Tensor) -> None:
+        """Those of a token's experts that are in the cache, at once: h [1, H] to their places in outputs [1, K, H]."""
+        with request.residents() as held:
+            if held:
+                ranks = [chosen.index(expert) for expert, _ in held]
+                outputs[0, ranks] = self._backend.run_experts(h, [slot for _, slot in held])
 
 
 def prefill_chunk(config: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -50,6 +51,10 @@ class Backend(Protocol):
         """One expert on its tokens: h [n, H], slot = the blob's fp16 values (1-D, from the arena), to [n, H] fp32."""
         ...
 
+    def run_experts(self, h: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Several experts on one token, h [1, H] to [len(slots), H] fp32, with the bits of `run_expert`."""
+        ...
+
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and vocabulary projection: x [S, H] to logits [S, V] fp32."""
         ...
@@ -64,3 +69,10 @@ class Backend(Protocol):
     def synchronise(self) -> None:
         """Wait until everything asked for has been computed."""
         ...
+
+
+def one_by_one(
+    run_expert: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], h: torch.Tensor, slots: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Backend.run_experts where nothing is gained by computing experts together."""
+    return torch.cat([run_expert(h, slot) for slot in slots])

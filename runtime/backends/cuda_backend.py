@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from runtime.arena import Slots
+from runtime.backends.base import one_by_one
 from runtime.backends.products import FEW_ROWS, Products
 from runtime.backends.torch_parts import TorchDense, TorchExpert, load_weights
 from runtime.bundle import Bundle
@@ -67,6 +69,10 @@ class GpuBackend:
         if self.dtype != torch.float16 or (self._gpu.cuda.gpu.integrated and len(h) > FEW_ROWS):
             slot = self._scratch.copy_(slot)
         return self._expert.run(h, slot)
+
+    def run_experts(self, h: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+        """h [1, H] and several blobs' values to [len(slots), H] fp32."""
+        return one_by_one(self.run_expert, h, slots)
 
     def allocate_slots(self, slots: int, slot_bytes: int, value_bytes: int) -> Slots:
         """Slots that the disk fills and the GPU reads. Raises BudgetError."""

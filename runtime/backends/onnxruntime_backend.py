@@ -8,12 +8,14 @@ times slower; there it is an upper bound.) The stored weights are mapped only wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from runtime.arena import Arena, Slots
+from runtime.backends.base import one_by_one
 from runtime.backends.graph_inputs import CausalMask, no_past
 from runtime.backends.onnxruntime_sessions import Provider, SessionFactory, run_session
 from runtime.bundle import Bundle
@@ -108,6 +110,10 @@ class OnnxRuntimeBackend:
             feeds[name] = values[start:end].reshape(shape)
             start = end
         return run_session(self._expert, ("y",), feeds)[0]
+
+    def run_experts(self, h: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+        """h [1, H] and several blobs' values to [len(slots), H] fp32."""
+        return one_by_one(self.run_expert, h, slots)
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """x [S, H] to logits [S, V] fp32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -60,3 +60,7 @@ class Products:
         inner = self._activation(gate.float()) * up
         scale = inner.abs().amax(dim=-1, keepdim=True).clamp_(min=1.0)
         return functional.linear((inner / scale).half(), down).float() * scale
+
+    def experts(self, h: torch.Tensor, values: Sequence[torch.Tensor], inner: int) -> torch.Tensor | None:
+        """Several experts on one token at once, h [1, H] to [len(values), H] fp32; None where no kernel does that."""
+        return None if self._gated_kernel is None else self._gated_kernel.experts(h.float(), values, inner)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from runtime.arena import Arena, Slots
+from runtime.backends.base import one_by_one
 from runtime.backends.block import CompiledBlock, suits
 from runtime.backends.products import FEW_ROWS, Products
 from runtime.backends.torch_parts import TorchDense, TorchExpert, load_weights
@@ -60,6 +61,10 @@ class TorchBackend:
 
     def run_expert(self, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         return self._expert.run(h, slot if self._scratch is None else self._scratch.copy_(slot))
+
+    def run_experts(self, h: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+        together = self._products.experts(h, slots, self._expert.inner)
+        return one_by_one(self.run_expert, h, slots) if together is None else together
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         return self._dense.run_head(x)

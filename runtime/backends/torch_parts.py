@@ -72,7 +72,8 @@ class TorchExpert:
     """Any expert of one model, from its blob's values in the compute dtype: gate, up, down."""
 
     def __init__(self, config: ModelConfig, products: Products) -> None:
-        inner, hidden = config.expert_intermediate_size, config.hidden_size
+        self.inner = inner = config.expert_intermediate_size
+        hidden = config.hidden_size
         self.values = 3 * inner * hidden
         self._split = 2 * inner * hidden
         self._gate_up_shape, self._down_shape = (2 * inner, hidden), (hidden, inner)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ class Step(ctypes.Structure):
     ]
 
 
+class Mlp(ctypes.Structure):
+    """mlp_t of products.c: addresses of the weights of a gated MLP and of its results."""
+
+    _fields_ = [(name, _POINTERS) for name in ("gate_up", "down", "y")]
+
+
 class Kernel:
     """The loaded library. Its threads belong to the process; callers take turns."""
 
@@ -47,15 +54,15 @@ class Kernel:
         """`level` picks an instruction set as in kernels.h, -1 the best. Raises OSError where it is not to be had."""
         library.edge_product.argtypes = [_POINTERS] * 3 + [_SIZES] * 3
         library.edge_product.restype = None
-        library.edge_gated_mlp.argtypes = [_POINTERS] * 5 + [_SIZES] * 3
-        library.edge_gated_mlp.restype = None
+        library.edge_gated_mlps.argtypes = [_POINTERS, _SIZES, _POINTERS, _POINTERS, *[_SIZES] * 3]
+        library.edge_gated_mlps.restype = None
         library.edge_block.argtypes = [ctypes.POINTER(Block), ctypes.POINTER(Step)]
         library.edge_block.restype = None
         library.edge_block_scratch.argtypes = [ctypes.POINTER(Block), ctypes.c_int64]
         library.edge_block_scratch.restype = _SIZES
         if library.edge_start(ctypes.c_int(level), ctypes.c_int(threads)) != 0:
             raise OSError(f"the kernel does not start at level {level} with {threads} threads")
-        self._product, self._gated = library.edge_product, library.edge_gated_mlp
+        self._product, self._gated = library.edge_product, library.edge_gated_mlps
         self.block, self.block_scratch = library.edge_block, library.edge_block_scratch
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -67,10 +74,20 @@ class Kernel:
 
     def gated_mlp(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """down (silu(gate x) * up x): gate_up [2I, H], down [H, I] fp16, x [n, H] fp32, to [n, H] fp32."""
-        hidden, inner = down.shape
-        scratch, y = torch.empty(3 * inner * len(x)), torch.empty(len(x), hidden)
-        pointers = (t.data_ptr() for t in (gate_up, down, x, scratch, y))
-        self._gated(*pointers, inner, hidden, len(x))
+        return self._gated_mlps(x, [(gate_up.data_ptr(), down.data_ptr())], down.shape[1])[0]
+
+    def experts(self, x: torch.Tensor, values: Sequence[torch.Tensor], inner: int) -> torch.Tensor:
+        """Several on x [1, H] at once, `values` of each being gate, up and down: to [len(values), H] fp32."""
+        down = 2 * inner * x.shape[1] * 2  # bytes from the start
+        return self._gated_mlps(x, [(start := v.data_ptr(), start + down) for v in values], inner)[:, 0]
+
+    def _gated_mlps(self, x: torch.Tensor, weights: Sequence[tuple[int, int]], inner: int) -> torch.Tensor:
+        """To [len(weights), n, H]; `weights` are addresses of gate_up and of down."""
+        count, (vectors, hidden) = len(weights), x.shape
+        scratch, y = torch.empty(3 * inner * vectors * count), torch.empty(count, vectors, hidden)
+        start, size = y.data_ptr(), y[0].nbytes
+        mlps = (Mlp * count)(*(Mlp(*pair, start + i * size) for i, pair in enumerate(weights)))
+        self._gated(mlps, count, x.data_ptr(), scratch.data_ptr(), inner, hidden, vectors)
         return y
 
 

@@ -44,6 +44,46 @@ static void silu_times(const float *restrict gate, const float *restrict up, flo
     for (ptrdiff_t i = 0; i < count; i++) product[i] = gate[i] / (1 + edge_exp(-gate[i])) * up[i];
 }
 
+/* One gated MLP: weights, and where its results go. */
+typedef struct {
+    const half_t *gate_up, *down;
+    float *y;
+} mlp_t;
+
+/* Several of one size, on the same vectors: gate_up [mlps, vectors, 2 inner], product [mlps, vectors, inner]. */
+typedef struct {
+    const mlp_t *mlps;
+    const float *x;
+    float *gate_up, *product;
+    ptrdiff_t inner, hidden, vectors;
+} mlps_t;
+
+/* Rows begin ... end - 1 of all MLPs' gate_up, counted through. */
+static void gate_up_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
+    const mlps_t *j = job;
+    ptrdiff_t rows = 2 * j->inner, cols = j->hidden;
+    for (ptrdiff_t stop; begin < end; begin = stop) {
+        ptrdiff_t mlp = begin / rows, row = begin % rows;
+        stop = (mlp + 1) * rows < end ? (mlp + 1) * rows : end;
+        product_t p = {j->mlps[mlp].gate_up + row * cols, j->x, j->gate_up + mlp * j->vectors * rows + row,
+                       stop - begin, cols, j->vectors, cols, cols, rows};
+        edge_kernels.product(&p);
+    }
+}
+
+/* Rows begin ... end - 1 of all MLPs' down, counted through. */
+static void down_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
+    const mlps_t *j = job;
+    ptrdiff_t rows = j->hidden, cols = j->inner;
+    for (ptrdiff_t stop; begin < end; begin = stop) {
+        ptrdiff_t mlp = begin / rows, row = begin % rows;
+        stop = (mlp + 1) * rows < end ? (mlp + 1) * rows : end;
+        product_t p = {j->mlps[mlp].down + row * cols, j->product + mlp * j->vectors * cols, j->mlps[mlp].y + row,
+                       stop - begin, cols, j->vectors, cols, cols, rows};
+        edge_kernels.product(&p);
+    }
+}
+
 /* ---- what Python calls ---- */
 
 /* Choose the instruction set (-1: the best there is) and have `threads` in all.
@@ -65,17 +105,19 @@ void edge_product(const half_t *w, const float *x, float *y, ptrdiff_t rows, ptr
     edge_end_turn();
 }
 
-/* For each of the vectors x[hidden]: y[hidden] = down[hidden, inner] (silu(gate x) * up x), where gate_up[2 inner, hidden]
- * holds gate, then up. scratch[3 inner] per vector. */
-void edge_gated_mlp(const half_t *gate_up, const half_t *down, const float *x, float *scratch, float *y,
-                    ptrdiff_t inner, ptrdiff_t hidden, ptrdiff_t vectors) {
-    float *product = scratch + vectors * 2 * inner;
+/* For each of `count` MLPs and each of the vectors x[hidden]: y[hidden] = down[hidden, inner] (silu(gate x) * up x), where
+ * gate_up[2 inner, hidden] holds gate, then up. scratch[3 inner] per MLP and vector. The threads meet twice, whatever the
+ * number of MLPs: each meeting costs as much as some 100 KB of weights. */
+void edge_gated_mlps(const mlp_t *mlps, ptrdiff_t count, const float *x, float *scratch, ptrdiff_t inner,
+                     ptrdiff_t hidden, ptrdiff_t vectors) {
+    mlps_t job = {mlps, x, scratch, scratch + count * vectors * 2 * inner, inner, hidden, vectors};
+    ptrdiff_t small = count * inner * hidden < SMALL;
     edge_take_turn();
-    edge_multiply(gate_up, x, scratch, 2 * inner, hidden, vectors);
-    for (ptrdiff_t v = 0; v < vectors; v++) {
-        const float *gate = scratch + v * 2 * inner, *up = gate + inner;
-        silu_times(gate, up, product + v * inner, inner);
+    edge_share(gate_up_rows, &job, count * 2 * inner, small ? count * 2 * inner : BLOCK_ROWS);
+    for (ptrdiff_t v = 0; v < count * vectors; v++) {
+        const float *gate = job.gate_up + v * 2 * inner;
+        silu_times(gate, gate + inner, job.product + v * inner, inner);
     }
-    edge_multiply(down, product, y, hidden, inner, vectors);
+    edge_share(down_rows, &job, count * hidden, small ? count * hidden : BLOCK_ROWS);
     edge_end_turn();
 }
