@@ -37,6 +37,23 @@ def test_residents_come_first_and_every_expert_once() -> None:
     loader.close()
 
 
+def test_residents_together_then_each_miss() -> None:
+    cache, loader = make_cache(STORAGE, layers=2, slots=4)  # two slots per layer: misses must wait for residents
+    consume(cache, 0, [3, 1])
+    with cache.fetch(0, [5, 3, 2, 1]) as request:
+        with request.residents() as held:
+            assert [expert for expert, _ in held] == [3, 1]
+            for expert, slot in held:
+                assert np.array_equal(slot.numpy().view(np.uint8), STORAGE.blobs[0, expert])
+        assert sorted(expert for expert, _ in request) == [2, 5]
+    cache.check_integrity()
+    assert residents(cache, 0) == {5, 2}
+    with cache.fetch(0, [0]) as request, request.residents() as held:
+        assert held == []
+    cache.check_integrity()
+    loader.close()
+
+
 def test_more_experts_than_slots_are_read_once_each() -> None:
     cache, loader = make_cache(STORAGE, layers=2, slots=4)  # two slots per layer
     assert sorted(consume(cache, 1, [0, 1, 2, 3, 4, 5])) == [0, 1, 2, 3, 4, 5]

@@ -123,3 +123,13 @@ def test_a_short_slice_keeps_policy_and_nice_value(library: ctypes.CDLL) -> None
     thread.start()
     thread.join()
     assert found == [(True, os.SCHED_OTHER, 7)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("inner", [5, 24, 200])  # pieces of 16 rows reach over the border of two experts
+def test_experts_together_have_the_bits_of_each_alone(library: ctypes.CDLL, level: str, inner: int) -> None:
+    kernel, hidden = start(library, level), 100
+    values = [torch.randn(3 * inner * hidden).half() for _ in range(5)]
+    x, split = torch.randn(1, hidden), 2 * inner * hidden
+    alone = [kernel.gated_mlp(x, v[:split].view(-1, hidden), v[split:].view(hidden, inner)) for v in values]
+    assert torch.equal(kernel.experts(x, values, inner), torch.cat(alone))
