@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +22,8 @@
 enum { PAGE = 4096, MAX_STALLS = 8, STACK_BYTES = 256 << 10, SECOND_NS = 1000000000 };
 
 typedef struct load {
-    struct load *next; /* in one of three lists: to be read, ended, spare */
+    struct load *next;  /* in one of three lists: to be read, ended, spare */
+    struct load *older; /* of all there are */
     reader_result_t result;
     int64_t file, seed, checksum;
     uint8_t *to;
@@ -42,7 +44,8 @@ typedef struct {
     pthread_mutex_t lock; /* of everything below */
     pthread_cond_t work, ended, left;
     list_t queue, results, spare;
-    uint64_t **rooms; /* for sums, those that no blob uses: at most one per thread and one more */
+    load_t *newest;
+    uint64_t *sums, **rooms; /* rooms for sums that no blob uses: blobs being read are at most one per thread and one */
     int64_t free_rooms, threads, idle, stop, abandoned;
     int64_t in_flight, busy_since_ns, busy_ns, retries;
 } reader_t;
@@ -164,10 +167,8 @@ static int64_t take_chunk(reader_t *r, load_t **load) {
 }
 
 static void release(reader_t *r) {
-    list_t *lists[] = {&r->queue, &r->results, &r->spare};
-    for (int i = 0; i < 3; i++)
-        for (load_t *load; (load = take_first(lists[i]));) free(load);
-    for (int64_t i = 0; r->rooms && i <= r->setup.threads; i++) free(r->rooms[i]);
+    for (load_t *load; (load = r->newest); free(load)) r->newest = load->older;
+    free(r->sums);
     free(r->rooms);
     free(r->edges);
     pthread_mutex_destroy(&r->lock);
@@ -210,14 +211,14 @@ static void *work(void *argument) {
 
 static int64_t copy_setup(reader_t *r, const reader_setup_t *setup) {
     size_t edges = (size_t)(setup->chunks + 1) * sizeof *r->edges;
-    size_t sums = (size_t)(setup->blob_bytes / XXH3_BLOCK) * XXH3_LANES * sizeof(uint64_t);
+    int64_t room = setup->blob_bytes / XXH3_BLOCK * XXH3_LANES, rooms = setup->threads + 1;
     r->setup = *setup;
     r->edges = malloc(edges);
-    r->rooms = calloc((size_t)setup->threads + 1, sizeof *r->rooms);
-    if (!r->edges || !r->rooms) return -1;
+    r->rooms = malloc((size_t)rooms * sizeof *r->rooms);
+    r->sums = malloc((size_t)(rooms * room) * sizeof *r->sums);
+    if (!r->edges || !r->rooms || !r->sums) return -1;
     memcpy(r->edges, setup->edges, edges);
-    for (; r->free_rooms <= setup->threads; r->free_rooms++)
-        if (!(r->rooms[r->free_rooms] = malloc(sums))) return -1;
+    for (; r->free_rooms < rooms; r->free_rooms++) r->rooms[r->free_rooms] = r->sums + r->free_rooms * room;
     return 0;
 }
 
@@ -285,7 +286,8 @@ reader_t *edge_reader_start(const reader_setup_t *setup) {
 int edge_reader_submit(reader_t *r, int64_t id, int64_t file, int64_t seed, int64_t checksum, void *to) {
     pthread_mutex_lock(&r->lock);
     load_t *load = take_first(&r->spare);
-    if (!load) load = malloc(sizeof *load + (size_t)r->setup.chunks);
+    if (!load && (load = malloc(sizeof *load + (size_t)r->setup.chunks))) load->older = r->newest, r->newest = load;
+    int64_t first = load && r->in_flight == 0;
     if (load) {
         memset(&load->result, 0, sizeof load->result);
         load->result.id = id, load->result.submitted_ns = now();
@@ -296,6 +298,8 @@ int edge_reader_submit(reader_t *r, int64_t id, int64_t file, int64_t seed, int6
         enqueue(r, load);
     }
     pthread_mutex_unlock(&r->lock);
+    /* The caller goes on to compute on every core. A thread that wakes on the caller's would wait until that is done. */
+    if (first) sched_yield();
     return load ? 0 : -1;
 }
 

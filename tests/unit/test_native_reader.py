@@ -154,15 +154,17 @@ def test_blobs_of_odd_sizes_are_left_to_python() -> None:
 
 
 class HangingStorage(MemoryStorage):
-    """Reads nothing before `go` is set."""
+    """Reads nothing of experts from `first` on before `go` is set, nor of those before them until that has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         super().__init__(1, 2, 8192)
-        self.go, self.reading = threading.Event(), threading.Event()
+        self.first, self.go, self.reading = first, threading.Event(), threading.Event()
 
     def read(self, layer: int, expert: int, offset: int, view: memoryview) -> int:
-        self.reading.set()
-        self.go.wait()
+        if expert >= self.first:
+            self.reading.set()
+            self.go.wait()
+        self.reading.wait()
         return super().read(layer, expert, offset, view)
 
 
@@ -224,6 +226,24 @@ def test_a_slot_is_kept_while_a_read_hangs_on_it() -> None:
         gc.collect()
         assert (kept() is not None) is hangs
         storage.go.set()
+
+
+def test_a_reader_left_with_a_hanging_read_is_freed_once() -> None:
+    """Memory for sums came back out of order here, and was freed twice: the process aborted."""
+    storage = HangingStorage(first=1)
+    compiled = reader.CompiledReader(storage, storage.checksums(), cut(8192, 1), 2)
+    done: queue.SimpleQueue[Load] = queue.SimpleQueue()
+    for expert in range(2):
+        compiled.start(Load(0, expert, memoryview(np.zeros(8192, np.uint8)), done, time.monotonic_ns()))
+    landed = compiled.next(done, 30.0)
+    assert landed is not None and landed.expert == 0
+    assert not compiled.close(0.05)
+    threads = len(os.listdir("/proc/self/task"))
+    storage.go.set()
+    until = time.monotonic() + 30
+    while len(os.listdir("/proc/self/task")) >= threads and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/task")) < threads, "the last thread did not end"
 
 
 def test_a_reader_that_nobody_closed_ends_with_its_last_reference() -> None:
