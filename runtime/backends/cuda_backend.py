@@ -32,7 +32,7 @@ class GpuBackend:
         config = self._config = bundle.config
         self._gpu = gpu
         self.device, self.dtype = gpu.torch, dtype
-        self._products = Products(dtype, config.activation, compiled=False)
+        self._products = Products(dtype, config.activation, cpu=False)
         with gpu.stream.current():
             self._embed = load_weights(bundle, EMBED_FILE, embed_tensors(config), dtype, self.device)["embed"]
         self._expert = TorchExpert(config, self._products)

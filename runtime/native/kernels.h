@@ -82,6 +82,7 @@ void edge_to_half_neon(const float *from, half_t *to, ptrdiff_t count);
 void edge_take_turn(void);
 void edge_end_turn(void);
 int edge_have_threads(int threads);
+int edge_threads(void);
 void edge_share(void (*piece)(const void *job, ptrdiff_t begin, ptrdiff_t end), const void *job, ptrdiff_t count,
                 ptrdiff_t grain);
 

@@ -86,6 +86,9 @@ int edge_have_threads(int threads) {
     return 0;
 }
 
+/* How many share a job, the caller's among them. */
+int edge_threads(void) { return helpers + 1; }
+
 void edge_take_turn(void) { pthread_mutex_lock(&turn); }
 
 void edge_end_turn(void) { pthread_mutex_unlock(&turn); }
