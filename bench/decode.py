@@ -3,7 +3,8 @@
     python -m bench.decode out/synthetic.bundle --slots 8 16 30 all
 
 Prints TPOT over the schedule floor (profiles/floor.py), over active bytes / memory bandwidth where every expert is
-resident, the engine's read rate over the best raw one, and what a prefill of 512 tokens reads.
+resident, the rate of the engine's reads over the best raw one, by themselves and while tokens are decoded (arithmetic
+takes from the disk what it takes of memory and processor), and what a prefill of 512 tokens reads.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
@@ -31,6 +34,7 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
+_ALONE_BYTES = 512 * MIB
 _READ_BYTES, _READ_ROUNDS = 128 * MIB, 3  # the best of a dozen settings measured once each would be the luckiest one
 
 
@@ -54,6 +58,7 @@ class Round:
     records: list[TokenRecord]
     costs: PartCosts
     raw_bytes_per_s: float
+    alone_bytes_per_s: float | None  # the engine's reads while nothing is computed
     memory_bytes_per_s: float
     floor_s: float
     memory_floor_s: float
@@ -90,6 +95,7 @@ class Setting:
     raw_bytes_per_s: float
     read_bytes_per_s: float | None
     read_share: float | None
+    alone_share: float | None
     parts: PartCosts
 
 
@@ -115,6 +121,7 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         return statistics.median(value(r) for r in rounds)
 
     reads = [(r.read_bytes_per_s, r.read_bytes_per_s / r.raw_bytes_per_s) for r in rounds if r.read_bytes_per_s]
+    alone = [r.alone_bytes_per_s / r.raw_bytes_per_s for r in rounds if r.alone_bytes_per_s]
     parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
     return Setting(
         slots_per_layer=slots,
@@ -127,16 +134,40 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         raw_bytes_per_s=middle(lambda r: r.raw_bytes_per_s),
         read_bytes_per_s=statistics.median(rate for rate, _ in reads) if reads else None,
         read_share=statistics.median(share for _, share in reads) if reads else None,
+        alone_share=statistics.median(alone) if alone else None,
         parts=PartCosts(**parts),
     )
 
 
 def _round(engine: Engine, parts: Parts, tokens: int, seed: int) -> Round:
     raw = measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:]).best
+    alone = reads_alone(engine, seed)
     memory, costs = measure_bandwidth().best, parts.measure()
     records = decode_random(engine, tokens, seed)
     floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
-    return Round(records, costs, raw, memory, floor, active_bytes(engine.config) / memory)
+    return Round(records, costs, raw, alone, memory, floor, active_bytes(engine.config) / memory)
+
+
+def reads_alone(engine: Engine, seed: int) -> float | None:
+    """Bytes per second of requests for as many missing experts as a layer can miss, one after the other, checked and in
+    their slots; None where every expert is in the cache.
+    """
+    cache, top_k, rng = engine.decoder.cache, engine.config.router.top_k, np.random.default_rng(seed)
+    read_bytes, seconds = 0, 0.0
+    while read_bytes < _ALONE_BYTES:
+        layer = int(rng.choice(engine.config.moe_layers))
+        missing = np.flatnonzero(~cache.held(layer))
+        if len(missing) < top_k:
+            return None
+        wanted = rng.choice(missing, top_k, replace=False).tolist()
+        begin = time.perf_counter()
+        with cache.fetch(layer, wanted) as request:
+            for _ in request:
+                pass
+        seconds += time.perf_counter() - begin
+        read_bytes += len(wanted) * engine.slot_bytes
+    cache.take_stats()  # of no token
+    return read_bytes / seconds
 
 
 def prefill_reads(bundle: Path, options: DecodeOptions) -> dict[str, Any]:
@@ -203,6 +234,8 @@ def _print_setting(s: Setting, experts: int) -> None:
         say(f"          {s.over_memory_floor:.2f} x active bytes / memory bandwidth (aim 1.3)")
     if s.read_bytes_per_s is not None and s.read_share is not None:
         say(f"  reads:  {s.read_bytes_per_s / GB:.2f} GB/s = {s.read_share:.0%} of the best raw rate (aim 90 %)")
+    if s.alone_share is not None:
+        say(f"          {s.alone_share:.0%} while nothing is computed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

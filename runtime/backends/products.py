@@ -1,5 +1,5 @@
-"""Matrix products of the torch back-end: torch's own, and for fp16 the compiled kernel's for a few rows, and products in
-fp32 for many rows where the processor does not multiply fp16.
+"""Matrix products of the torch back-end: torch's own, and for fp16 the compiled kernel's for a few rows, and products
+in fp32 for many rows where the processor does not multiply fp16.
 """
 
 from __future__ import annotations

@@ -92,10 +92,12 @@ def test_shares_are_taken_within_a_round() -> None:
     for slower in (1.0, 2.0, 2.0):
         fields = {"total_ms": 3000.0 * slower, "bytes": 900, "read_busy_ms": 1000.0 * slower}
         token = dataclasses.replace(record([3], [1]), **fields)  # type: ignore[arg-type]
-        rounds.append(Round([token], COSTS, 1000.0 / slower, 1.0, floor_s=2.0 * slower, memory_floor_s=slower))
+        floors = {"floor_s": 2.0 * slower, "memory_floor_s": slower}
+        rounds.append(Round([token], COSTS, 1000.0 / slower, 800.0 / slower, 1.0, **floors))
     setting = summarise(8, rounds)
     assert (setting.tpot_s, setting.floor_s, setting.over_floor, setting.over_memory_floor) == (6.0, 4.0, 1.5, 3.0)
     assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
+    assert setting.alone_share == pytest.approx(0.8)
     assert setting.hit_rate == 0.75
     assert setting.parts == COSTS
 
