@@ -7,8 +7,9 @@ after each launch. Each graph has a context of its own, as TensorRT asks for, in
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +37,8 @@ class DecodeGraphs:
     def __init__(self, config: ModelConfig, gpu: Device, parts: Mapping[str, Part]) -> None:
         self._gpu, self._parts = gpu, parts
         self._captured: dict[tuple[int, int, int], Captured] = {}
+        # At the end of the process the driver takes everything back by itself, and may be gone already.
+        weakref.finalize(self, _destroy, gpu.cuda, self._captured).atexit = False
         sizes = {"S": 1, "T": 1}
         io = part_io(config, block_part(0))
         fixed = (*io.inputs[:3], *io.outputs)  # x, cos, sin; every layer uses the same buffers, one after the other
@@ -91,6 +94,11 @@ class DecodeGraphs:
             mask[:, past:rows] = float("-inf")
             self._masked = (rows, past)
         return mask
+
+
+def _destroy(cuda: Any, captured: dict[tuple[int, int, int], Captured]) -> None:
+    while captured:
+        cuda.destroy_graph(captured.popitem()[1].graph)
 
 
 def bucket(past: int, capacity: int) -> int:

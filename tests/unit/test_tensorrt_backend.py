@@ -4,6 +4,7 @@ back-end bit for bit, rows in place, one scratch memory, and nothing foreign is 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,10 @@ def test_decoding_as_cuda_graphs(name: str, tmp_path: Path, monkeypatch: pytest.
     captures = [entry for entry in log if entry[0] == "capture"]
     assert [entry[3]["past_k"][0] for entry in captures] == [8, 8, 16, 16]
     assert sum(entry[0] == "launch" for entry in cuda.log) == 5 * 2 - 4
+    assert len(cuda._graphs) == len(captures)
+    del backend
+    gc.collect()
+    assert not cuda._graphs, "graphs outlive their back-end"
 
 
 def test_only_changed_shapes_are_told(tmp_path: Path) -> None:
