@@ -26,12 +26,16 @@ static kernels_t kernels_for(int level) {
     return (kernels_t){0};
 }
 
-static void some_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
-    product_t part = *(const product_t *)job;
+/* Rows begin ... end - 1 of a product. */
+static void multiply_rows(product_t part, ptrdiff_t begin, ptrdiff_t end) {
     part.w += begin * part.w_step;
     part.y += begin;
     part.rows = end - begin;
     edge_kernels.product(&part);
+}
+
+static void some_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
+    multiply_rows(*(const product_t *)job, begin, end);
 }
 
 /* Rows that a thread takes at a time. Many, for memory is read fastest in long runs (64 KB at a time cost a tenth of the
@@ -67,31 +71,30 @@ typedef struct {
     ptrdiff_t inner, hidden, vectors;
 } mlps_t;
 
-/* Rows begin ... end - 1 of all MLPs' gate_up, counted through. */
-static void gate_up_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
-    const mlps_t *j = job;
+static product_t gate_up_of(const mlps_t *j, ptrdiff_t mlp) {
     ptrdiff_t rows = 2 * j->inner, cols = j->hidden;
+    return (product_t){j->mlps[mlp].gate_up, j->x, j->gate_up + mlp * j->vectors * rows, rows, cols, j->vectors,
+                       cols, cols, rows};
+}
+
+static product_t down_of(const mlps_t *j, ptrdiff_t mlp) {
+    ptrdiff_t rows = j->hidden, cols = j->inner;
+    return (product_t){j->mlps[mlp].down, j->product + mlp * j->vectors * cols, j->mlps[mlp].y, rows, cols, j->vectors,
+                       cols, cols, rows};
+}
+
+/* Rows begin ... end - 1 of one product of all MLPs, counted through. */
+static void rows_through(const mlps_t *j, product_t (*of)(const mlps_t *, ptrdiff_t), ptrdiff_t begin, ptrdiff_t end) {
     for (ptrdiff_t stop; begin < end; begin = stop) {
-        ptrdiff_t mlp = begin / rows, row = begin % rows;
-        stop = (mlp + 1) * rows < end ? (mlp + 1) * rows : end;
-        product_t p = {j->mlps[mlp].gate_up + row * cols, j->x, j->gate_up + mlp * j->vectors * rows + row,
-                       stop - begin, cols, j->vectors, cols, cols, rows};
-        edge_kernels.product(&p);
+        ptrdiff_t rows = of(j, 0).rows, mlp = begin / rows, first = mlp * rows;
+        stop = first + rows < end ? first + rows : end;
+        multiply_rows(of(j, mlp), begin - first, stop - first);
     }
 }
 
-/* Rows begin ... end - 1 of all MLPs' down, counted through. */
-static void down_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
-    const mlps_t *j = job;
-    ptrdiff_t rows = j->hidden, cols = j->inner;
-    for (ptrdiff_t stop; begin < end; begin = stop) {
-        ptrdiff_t mlp = begin / rows, row = begin % rows;
-        stop = (mlp + 1) * rows < end ? (mlp + 1) * rows : end;
-        product_t p = {j->mlps[mlp].down + row * cols, j->product + mlp * j->vectors * cols, j->mlps[mlp].y + row,
-                       stop - begin, cols, j->vectors, cols, cols, rows};
-        edge_kernels.product(&p);
-    }
-}
+static void gate_up_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) { rows_through(job, gate_up_of, begin, end); }
+
+static void down_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) { rows_through(job, down_of, begin, end); }
 
 /* ---- what Python calls ---- */
 
