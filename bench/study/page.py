@@ -218,7 +218,7 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
 
             for number, name in enumerate(PLOTTED):
                 line = [(x(row), row.misses) for row in _line(found, name)]
-                if line:
+                if any(row.method == name for row in found):
                     axis.plot(*zip(*line, strict=True), "o-", ms=4, lw=1.2, label=name, color=f"C{number}")
             axis.plot(x(stock), stock.misses, "k*", ms=9, label="stock")
             if reference is not None:
