@@ -81,7 +81,12 @@ STUDIES = {
         lr=1.2e-3,
         train_tokens=8_000,
         test_tokens=6_000,
-        strengths=Strengths(remoe=(3.0, 10.0), miss=(0.3,), prior=(0.1, 0.2, 0.3), energy=(0.03, 0.05, 0.065, 0.08, 0.11)),
+        strengths=Strengths(
+            remoe=(3.0, 10.0),
+            miss=(0.3,),
+            prior=(0.1, 0.2, 0.3),
+            energy=(0.03, 0.05, 0.065, 0.08, 0.11),
+        ),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
         head_share=0.25,
