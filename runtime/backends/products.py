@@ -58,8 +58,8 @@ class Products:
         if self._gated_kernel is not None and len(h) <= FEW_ROWS:
             return self._gated_kernel.gated_mlp(h.float(), gate_up, down)
         if self._widens and len(h) > 1:
-            gate, up = _wide(h.float(), gate_up).chunk(2, dim=-1)
-            return _wide(self._activation(gate) * up, down)
+            gate, up = _wide(gate_up, h.float().T).chunk(2)
+            return _wide(down, self._activation(gate) * up).T.contiguous()
         gate, up = functional.linear(h, gate_up).chunk(2, dim=-1)
         if self._dtype != torch.float16:
             return functional.linear(self._activation(gate) * up, down).float()
@@ -75,7 +75,7 @@ class Products:
         """h [S, in] to [S, out] fp32 by what is faster than torch's own product; None where nothing is."""
         if self.kernel is not None and len(h) <= FEW_ROWS:
             return self.kernel.linear(h.float(), weight)
-        return _wide(h.float(), weight) if self._widens and len(h) > 1 else None
+        return _wide(weight, h.float().T).T.contiguous() if self._widens and len(h) > 1 else None
 
 
 def _multiplies_half() -> bool:
@@ -86,12 +86,12 @@ def _multiplies_half() -> bool:
     return known is not None and bool(known())
 
 
-def _wide(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """h [S, in] fp32 and weights [out, in] fp16 to [S, out] fp32, some weights at a time."""
+def _wide(weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Weights [out, in] fp16 times h [in, S] fp32 to [out, S] fp32, some weights at a time."""
     rows, cols = weight.shape
     step = min(rows, max(1, _WIDE_VALUES // cols))
-    scratch, y = torch.empty(step, cols), torch.empty(rows, len(h))
+    scratch, y = torch.empty(step, cols), torch.empty(rows, h.shape[1])
     for start in range(0, rows, step):
         part = weight[start : start + step]
-        torch.mm(scratch[: len(part)].copy_(part), h.T, out=y[start : start + step])
-    return y.T.contiguous()
+        torch.mm(scratch[: len(part)].copy_(part), h, out=y[start : start + step])
+    return y
