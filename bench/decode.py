@@ -2,14 +2,17 @@
 
     python -m bench.decode out/synthetic.bundle --slots 8 16 30 all
 
-Prints TPOT over the schedule floor (profiles/floor.py), over active bytes / memory bandwidth where every expert is
-resident, the rate of the engine's reads over the best raw one, by themselves and while tokens are decoded (arithmetic
+Prints TPOT over the schedule floor (profiles/floor.py), without and with guesses of what the next layer will want (the
+floor knows of none, so they may go below it), over active bytes / memory bandwidth where every expert is resident, the
+rate of the engine's reads over the best raw one, by themselves and while tokens are decoded (arithmetic
 takes from the disk what it takes of memory and processor), and what a prefill of 512 tokens reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -49,13 +52,17 @@ class DecodeOptions:
     dtype: str = "fp16"
     threads: int | None = None
     read_threads: int = EngineOptions.read_threads
+    prefetch: int = 1
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a cache size: the ceilings measured just before, and what was decoded then."""
+    """One round of a cache size: the ceilings measured just before, and what was decoded then; `guessed`: the same
+    tokens with guesses, None without.
+    """
 
     records: list[TokenRecord]
+    guessed: list[TokenRecord] | None
     costs: PartCosts
     raw_bytes_per_s: float
     alone_bytes_per_s: float | None  # the engine's reads while nothing is computed
@@ -66,7 +73,12 @@ class Round:
     @property
     def tpot_s(self) -> float:
         """Median seconds per token."""
-        return statistics.median(record.total_ms for record in self.records) / 1000
+        return _tpot_s(self.records)
+
+    @property
+    def guessed_tpot_s(self) -> float | None:
+        """The same with guesses."""
+        return None if self.guessed is None else _tpot_s(self.guessed)
 
     @property
     def read_bytes_per_s(self) -> float | None:
@@ -90,6 +102,10 @@ class Setting:
     tpot_s: float
     floor_s: float
     over_floor: float
+    prefetch_tpot_s: float | None
+    prefetch_over_floor: float | None
+    prefetched_share: float | None  # of the misses: guessed
+    wasted_share: float | None  # of the bytes that were read with guesses: for wrong ones
     memory_floor_s: float
     over_memory_floor: float
     raw_bytes_per_s: float
@@ -100,18 +116,23 @@ class Setting:
 
 
 def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots: int) -> Setting:
-    """Ceilings and decode in turn, `rounds` times. Raises BudgetError when the cache does not fit."""
-    settings = EngineOptions(
+    """Ceilings and decode in turn, `rounds` times. Raises BudgetError when a cache does not fit, or two of them."""
+    plain = EngineOptions(
         backend=options.backend,  # type: ignore[arg-type]
         dtype=options.dtype,  # type: ignore[arg-type]
         slots_per_layer=slots,
         read_threads=options.read_threads,
         context=PREFILL_TOKENS,
     )
-    with Engine.open(bundle.path, settings) as engine:
+    with contextlib.ExitStack() as held:
+        engine, guessing = held.enter_context(Engine.open(bundle.path, plain)), None
         if slots >= engine.config.router.num_experts:
             _fill(engine)
-        return summarise(slots, [_round(engine, parts, options.tokens, seed) for seed in range(options.rounds)])
+        elif options.prefetch:
+            guesses = dataclasses.replace(plain, prefetch=options.prefetch)
+            guessing = held.enter_context(Engine.open(bundle.path, guesses))
+        rounds = [_round(engine, guessing, parts, options.tokens, seed) for seed in range(options.rounds)]
+        return summarise(slots, rounds)
 
 
 def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
@@ -121,6 +142,8 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         return statistics.median(value(r) for r in rounds)
 
     reads = [(r.read_bytes_per_s, r.read_bytes_per_s / r.raw_bytes_per_s) for r in rounds if r.read_bytes_per_s]
+    times = [(t, t / r.floor_s) for r in rounds if (t := r.guessed_tpot_s)]
+    guessed = [record for r in rounds for record in r.guessed or ()]
     alone = [r.alone_bytes_per_s / r.raw_bytes_per_s for r in rounds if r.alone_bytes_per_s]
     parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
     return Setting(
@@ -129,6 +152,10 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         tpot_s=middle(lambda r: r.tpot_s),
         floor_s=middle(lambda r: r.floor_s),
         over_floor=middle(lambda r: r.tpot_s / r.floor_s),
+        prefetch_tpot_s=statistics.median(time for time, _ in times) if times else None,
+        prefetch_over_floor=statistics.median(ratio for _, ratio in times) if times else None,
+        prefetched_share=_share(guessed, lambda r: r.prefetched, lambda r: sum(r.misses)),
+        wasted_share=_share(guessed, lambda r: r.wasted_bytes, lambda r: r.bytes),
         memory_floor_s=middle(lambda r: r.memory_floor_s),
         over_memory_floor=middle(lambda r: r.tpot_s / r.memory_floor_s),
         raw_bytes_per_s=middle(lambda r: r.raw_bytes_per_s),
@@ -139,13 +166,25 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
     )
 
 
-def _round(engine: Engine, parts: Parts, tokens: int, seed: int) -> Round:
+def _tpot_s(records: Sequence[TokenRecord]) -> float:
+    return statistics.median(record.total_ms for record in records) / 1000
+
+
+def _share(
+    records: Sequence[TokenRecord], part: Callable[[TokenRecord], int], whole: Callable[[TokenRecord], int]
+) -> float | None:
+    total = sum(map(whole, records))
+    return sum(map(part, records)) / total if total else None
+
+
+def _round(engine: Engine, guessing: Engine | None, parts: Parts, tokens: int, seed: int) -> Round:
     raw = measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:]).best
     alone = reads_alone(engine, seed)
     memory, costs = measure_bandwidth().best, parts.measure()
     records = decode_random(engine, tokens, seed)
+    guessed = None if guessing is None else decode_random(guessing, tokens, seed)
     floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
-    return Round(records, costs, raw, alone, memory, floor, active_bytes(engine.config) / memory)
+    return Round(records, guessed, costs, raw, alone, memory, floor, active_bytes(engine.config) / memory)
 
 
 def reads_alone(engine: Engine, seed: int) -> float | None:
@@ -230,6 +269,9 @@ def _print_setting(s: Setting, experts: int) -> None:
     )
     say(f"  floor:  {s.floor_s * 1e3:.1f} ms by the schedule, {s.memory_floor_s * 1e3:.1f} ms by memory bandwidth")
     say(f"  TPOT:   {s.tpot_s * 1e3:.1f} ms = {s.over_floor:.2f} x the schedule floor (aim 1.2)")
+    if s.prefetch_tpot_s is not None and s.prefetched_share is not None and s.wasted_share is not None:
+        say(f"          {s.prefetch_tpot_s * 1e3:.1f} ms = {s.prefetch_over_floor:.2f} x with guesses,")
+        say(f"          {s.prefetched_share:.0%} of the misses guessed, {s.wasted_share:.0%} of the bytes in vain")
     if s.slots_per_layer == experts:
         say(f"          {s.over_memory_floor:.2f} x active bytes / memory bandwidth (aim 1.3)")
     if s.read_bytes_per_s is not None and s.read_share is not None:
@@ -248,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default=DecodeOptions.backend)
     parser.add_argument("--dtype", default=DecodeOptions.dtype)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--prefetch", type=int, default=DecodeOptions.prefetch, help="guesses, 0: without them")
     parser.add_argument("--read-threads", type=int, default=DecodeOptions.read_threads)
     options = vars(parser.parse_args(argv))
     path = options.pop("bundle")

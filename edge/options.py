@@ -52,6 +52,12 @@ def add_setup_arguments(parser: argparse.ArgumentParser, policy: bool = True) ->
         cache.add_argument(
             "--policy", choices=list(POLICIES), help=_help(EngineOptions, "policy", "which expert makes room")
         )
+    cache.add_argument(
+        "--prefetch",
+        metavar="N",
+        type=int,
+        help=_help(EngineOptions, "prefetch", "experts of the next layer that are read on a guess"),
+    )
     cache.add_argument("--no-direct-io", dest="direct_io", action="store_const", const=False,
                        help="read through the page cache instead of past it")  # fmt: skip
     cache.add_argument(

@@ -20,8 +20,15 @@ def summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
         ["speed", _number(report["tokens_per_s"], 1, "tokens/s")],
         ["hit rate", f"{_number(report['hit_rate'], 0.01, '%')} ({cache})"],
         ["read", f"{_number(report['expert_bytes_per_token'], 1e6, 'MB per token')}, {_rate(report)}"],
+        *_guesses(report),
         ["memory", f"peak {_mb(peak)} of {_mb(plan)} planned, and {_mb(code)} of mapped code"],
     ]
+
+
+def _guesses(report: Mapping[str, Any]) -> list[list[str]]:
+    """Nothing without prefetching."""
+    share = _number(report["prefetched_share"], 0.01, "%")
+    return [["guesses", f"{share} of the misses were on their way when asked for"]] if report["prefetch"] else []
 
 
 def _mb(size_bytes: int) -> str:

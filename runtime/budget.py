@@ -35,7 +35,7 @@ def plan_run(
     rest = _without_experts(bundle, backend, dtype, context)
     limit_bytes, limit_name = limit()
     slots = _resolve(bundle, options, rest, limit_bytes, notes)
-    plan = replace(rest, expert_bytes=slots.total * bundle.manifest.expert.file_bytes)
+    plan = replace(rest, expert_bytes=(slots.total + options.prefetch) * bundle.manifest.expert.file_bytes)
     plan.check(limit_bytes, limit_name)
     return slots, plan
 
@@ -59,15 +59,16 @@ def overhead_bytes() -> int:
 
 def _resolve(bundle: Bundle, options: EngineOptions, rest: MemoryPlan, limit_bytes: int, notes: list[str]) -> Slots:
     config, slot_bytes = bundle.config, bundle.manifest.expert.file_bytes
+    beside = options.prefetch * slot_bytes
     if options.slots_per_layer is not None:
         if options.slots_per_layer > config.router.num_experts:
             notes.append(f"slots: {config.router.num_experts} per layer, one for each expert, are all it can use")
         return slots_per_layer(config, slot_bytes, options.slots_per_layer, options.scope)
     if options.expert_memory_bytes is not None:
-        return slots_for_budget(config, slot_bytes, options.expert_memory_bytes, options.scope)
+        return slots_for_budget(config, slot_bytes, options.expert_memory_bytes - beside, options.scope)
     # Without a wish: what fits beside the rest with some memory to spare, but at least one token cycle.
     free = int((limit_bytes - rest.total_bytes) * (1 - _KEEP_FREE))
-    budget = max(free, config.experts_per_token * slot_bytes)
+    budget = max(free - beside, config.experts_per_token * slot_bytes)
     slots = slots_for_budget(config, slot_bytes, budget, options.scope)
     share = slots.total / (len(config.moe_layers) * config.router.num_experts)
     notes.append(f"expert memory: {slots.total * slot_bytes / 1e6:.0f} MB, {share:.0%} of all experts, fits here")

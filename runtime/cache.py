@@ -25,8 +25,8 @@ from runtime.demand import Demand
 from runtime.errors import EdgeError, ReadError
 from runtime.loader import Load, Loader
 from runtime.policies import GATE, Array, Policy, make_policy
+from runtime.prefetch import Key, Prefetch
 
-Key = tuple[int, int]  # layer, expert
 Scope = Literal["layer", "shared"]
 
 
@@ -43,6 +43,8 @@ class CacheStats:
     read_ns: int = 0  # summed over blobs: first chunk begun to last chunk checked
     queue_ns: int = 0  # summed over blobs: asked for to first chunk begun
     wait_ns: int = 0  # the decoder had nothing to compute
+    prefetched: int = 0  # misses whose read began on a guess, before they were asked for
+    wasted_bytes: int = 0  # of `bytes`: read for guesses that were wrong
 
 
 class Pool:
@@ -79,6 +81,10 @@ class Pool:
         self.pinned.add(key)
         self._policy.insert(key)
         return slot, evicted
+
+    def exchange(self, key: Key, slot: int) -> None:
+        """The key is read into a slot from beside this pool, which takes the place of its own."""
+        self.in_flight[key] = slot
 
     def publish(self, key: Key) -> int:
         """The key's bytes have landed and are right."""
@@ -122,24 +128,38 @@ class ExpertCache:
     """Slots of an arena over the MoE layers of a model."""
 
     def __init__(
-        self, moe_layers: Sequence[int], rules: RouterConfig, arena: Slots, loader: Loader, policy: str, scope: Scope
+        self,
+        moe_layers: Sequence[int],
+        rules: RouterConfig,
+        arena: Slots,
+        loader: Loader,
+        policy: str,
+        scope: Scope,
+        prefetch: int = 0,
     ) -> None:
-        """Raises UsageError for a policy that is not known."""
+        """The last `prefetch` slots are beside the cache, for guesses. Raises UsageError for an unknown policy."""
         self._arena, self._loader, self._rules, self._scope = arena, loader, rules, scope
+        self._prefetch = Prefetch(arena, loader, range(arena.slots - prefetch, arena.slots)) if prefetch else None
         self._position = {layer: i for i, layer in enumerate(moe_layers)}
         self._stats = self._fresh_stats()
         self.use_policy(policy)
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether `prefetch` does anything."""
+        return self._prefetch is not None
+
     def use_policy(self, policy: str) -> None:
         """Start empty under this policy; between requests only. Raises UsageError for one that is not known."""
-        layers, slots = list(self._position), self._arena.slots
+        layers, beside = list(self._position), self._prefetch.slots if self._prefetch else set()
+        slots = [slot for slot in range(self._arena.slots) if slot not in beside]
         self._held = {layer: np.zeros(self._rules.num_experts, dtype=bool) for layer in layers}
         self._demand, self._by_demand = Demand(len(layers), self._rules), policy == GATE
         if self._scope == "shared":
-            self._pools = dict.fromkeys(layers, self._pool(range(slots), policy, layers))
+            self._pools = dict.fromkeys(layers, self._pool(slots, policy, layers))
             return
-        each = slots // len(layers)
-        ranges = (range(i * each, (i + 1) * each) for i in range(len(layers)))
+        each = len(slots) // len(layers)
+        ranges = (slots[i * each : (i + 1) * each] for i in range(len(layers)))
         self._pools = {layer: self._pool(own, policy, [layer]) for layer, own in zip(layers, ranges, strict=True)}
 
     def _pool(self, slots: Sequence[int], policy: str, layers: Sequence[int]) -> Pool:
@@ -162,12 +182,29 @@ class ExpertCache:
         until the next one is asked for. Raises ReadError when a blob cannot be read; the cache stays whole.
         """
         return Request(
-            self._pools[layer], self._arena, self._loader, self._stats, self._position[layer], layer, experts
+            self._pools[layer],
+            self._arena,
+            self._loader,
+            self._prefetch,
+            self._stats,
+            self._position[layer],
+            layer,
+            experts,
         )
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read those of a layer's experts, most likely first, that are not here, before anybody asks."""
+        if self._prefetch is not None:
+            held = self._held[layer]
+            self._prefetch.start(layer, [expert for expert in experts if not held[expert]])
 
     def take_stats(self) -> CacheStats:
         """What happened since the last call."""
         stats, self._stats = self._stats, self._fresh_stats()
+        if self._prefetch is not None:
+            counts = self._prefetch.take_counts()
+            stats.prefetched, stats.wasted_bytes = counts.right, counts.wasted_bytes
+            stats.bytes += counts.wasted_bytes
         return stats
 
     def clear(self) -> None:
@@ -184,6 +221,8 @@ class ExpertCache:
         """Check the equation in every pool; for tests and after faults."""
         for pool in set(self._pools.values()):
             pool.check_integrity()
+        if self._prefetch is not None:
+            self._prefetch.check_integrity()
 
     def _fresh_stats(self) -> CacheStats:
         layers = len(self._position)
@@ -202,6 +241,7 @@ class Request:
     pool: Pool
     arena: Slots
     loader: Loader
+    prefetch: Prefetch | None
     stats: CacheStats
     position: int
     layer: int
@@ -220,6 +260,8 @@ class Request:
                 self._ready.append((expert, self.pool.pin(key)))
             else:
                 self._waiting.append(expert)
+        if self.prefetch is not None:
+            self.prefetch.keep(self.layer, self._waiting)
         self._leaving.extend([*(expert for expert, _ in self._ready), *self._waiting])
         self.stats.hits[self.position] += len(self._ready)
         self.stats.misses[self.position] += len(self._waiting)
@@ -279,9 +321,13 @@ class Request:
             slot, evicted = taken
             self.stats.evictions += evicted
             self._waiting.popleft()
+            guessed = self.prefetch.claim(key, slot, self._done) if self.prefetch else None
             try:
-                self.arena.begin_write(slot)
-                self.loader.submit(*key, self.arena.views[slot], self._done)
+                if guessed is not None:
+                    self.pool.exchange(key, guessed)
+                else:
+                    self.arena.begin_write(slot)
+                    self.loader.submit(*key, self.arena.views[slot], self._done)
             except EdgeError:
                 self.pool.drop(key)
                 raise

@@ -32,7 +32,7 @@ import torch
 
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
-from runtime.prior_rows import Array, Spread, prefer_cached, weigh
+from runtime.prior_rows import Array, Preferred, Spread, prefer_cached, weigh
 from runtime.router import Observer, Routed, Router
 
 Scaling = Literal["mean", "token", "energy"]
@@ -135,12 +135,21 @@ class CachePriorRouter:
             self._count(self.config.top_k)
         return routed
 
+    def guess(self, layer: int, h: torch.Tensor) -> list[int]:
+        """See Routing.guess: by the same rule, with what is in the cache now."""
+        rows = self._router.logits(layer, h).cpu().numpy()
+        experts: list[int] = self._prefer(layer, rows, self._spreads[layer].mean).experts[0].tolist()
+        return experts
+
+    def _prefer(self, layer: int, rows: Array, spread: Array) -> Preferred:
+        """Logits [1, E] to experts."""
+        held = self._cache.held(layer)[None]
+        return prefer_cached(self.options, self.config, rows, self._biases.get(layer), held, spread)
+
     def _lean(self, layer: int, h: torch.Tensor) -> Routed:
         logits = self._router.logits(layer, h)
         rows = logits.cpu().numpy()
-        spread = self._spread(layer, rows)
-        held = self._cache.held(layer)[None]
-        found = prefer_cached(self.options, self.config, rows, self._biases.get(layer), held, spread)
+        found = self._prefer(layer, rows, self._spread(layer, rows))
         self._count(len({*found.experts[0].tolist()} & {*found.stock[0].tolist()}))
         weights = torch.from_numpy(weigh(self.config, found.scores, found.experts)).to(h.device)
         routed = Routed(torch.from_numpy(found.experts).to(h.device), weights, logits)

@@ -5,6 +5,7 @@ Prefill goes layer by layer over a whole chunk of the prompt, so that every need
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Decoder:
         self.cache = cache
         self._kv_cache = kv_cache
         self._moe_layers = frozenset(config.moe_layers)
+        self._next_moe = dict(itertools.pairwise(config.moe_layers))
         self._tokens: list[int] = []  # those whose rows are in the KV cache
         self._timing = Timing()
 
@@ -138,6 +140,8 @@ class Decoder:
         self._timing.routing += time.monotonic_ns() - begin
         outputs = torch.empty(*routed.experts.shape, h.shape[-1], dtype=torch.float32, device=h.device)
         with self.cache.fetch(layer, list(places)) as request:
+            if len(h) == 1 and self.cache.prefetches:
+                self._prefetch(layer, h)
             shared = self._mlp(layer, h) if self._config.shared_intermediate_size else None
             begin = time.monotonic_ns()
             if len(h) == 1:  # a prompt may need the slots of some residents for others
@@ -150,6 +154,14 @@ class Decoder:
             mixed += shared
         self._timing.expert += time.monotonic_ns() - begin
         return mixed
+
+    def _prefetch(self, layer: int, h: torch.Tensor) -> None:
+        """Queue, behind this layer's reads, what the next one will probably want."""
+        begin = time.monotonic_ns()
+        following = self._next_moe.get(layer)
+        if following is not None:
+            self.cache.prefetch(following, self.router.guess(following, h))
+        self._timing.routing += time.monotonic_ns() - begin
 
     def _residents(self, h: torch.Tensor, request: Request, chosen: list[int], outputs: torch.Tensor) -> None:
         """Those of a token's experts that are in the cache, at once: h [1, H] to their places in outputs [1, K, H]."""

@@ -191,6 +191,7 @@ class Engine:
             "routing": "replay" if replays else str(options.prior or "stock"),
             "policy": options.policy,
             "scope": options.scope,
+            "prefetch": options.prefetch,
             "slots_per_layer": resolved.slots.per_layer,
             "slots": resolved.slots.total,
             "direct_io": self._assembly.storage.direct,
@@ -228,8 +229,11 @@ class Engine:
     def replay(self, steps: Steps) -> None:
         """Route as recorded, from the first token of the next sequence on; `use_router` ends it.
 
-        Raises UsageError for steps of a model of another shape; a sequence that goes on after them raises it, too.
+        Raises UsageError for steps of a model of another shape, and with prefetching, which would have nothing to guess
+        from; a sequence that goes on after the steps raises it, too.
         """
+        if self.options.prefetch:
+            raise UsageError(f"--prefetch {self.options.prefetch}: a replayed routing cannot be guessed: leave it out")
         router = ReplayRouter(self.router, self.config, steps, self.backend.device)
         self.use_router(self.options.router)
         self.decoder.router = router

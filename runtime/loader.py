@@ -38,11 +38,21 @@ class Loader:
         self._deadline_s = deadline_s
         self.dead: str | None = None
 
-    def submit(self, layer: int, expert: int, view: memoryview, done: queue.SimpleQueue[Load]) -> None:
+    def submit(self, layer: int, expert: int, view: memoryview, done: queue.SimpleQueue[Load]) -> Load:
         """Start reading one blob into `view`. Raises ReadError when the storage has stopped answering."""
         if self.dead:
             raise ReadError(self.dead)
-        self._reader.start(Load(layer, expert, view, done, time.monotonic_ns()))
+        load = Load(layer, expert, view, done, time.monotonic_ns())
+        self._reader.start(load)
+        return load
+
+    def cancel(self, load: Load) -> None:
+        """What has not been read of it need not be: it ends soon, well or with an error."""
+        self._reader.cancel(load)
+
+    def ended(self, done: queue.SimpleQueue[Load]) -> Load | None:
+        """The next load that has ended already, None when there is none."""
+        return self._reader.next(done, 0.0)
 
     def wait(self, done: queue.SimpleQueue[Load]) -> Load:
         """The next load that has ended, well or not. Raises ReadError when none ends before the deadline."""

@@ -45,6 +45,10 @@ def resolve(bundle: Bundle, options: EngineOptions, notes: list[str]) -> Resolve
     Raises UsageError, or BudgetError with the sum.
     """
     options.check()
+    if options.prefetch > bundle.config.router.top_k:
+        raise UsageError(
+            f"--prefetch {options.prefetch}: expected 0 to {bundle.config.router.top_k}, the experts of a token"
+        )
     if options.prior is not None:
         options.prior.check(bundle.config.router.top_k)
         notes.append(f"{options.prior}: what comes out depends on what is in the cache")
@@ -75,7 +79,9 @@ class Assembly:
             with torch.inference_mode():
                 self.backend = _load_backend(bundle, options, resolved, notes)
                 self.router = Router.load(bundle, options.router, self.backend.device)
-            self.arena = self.backend.allocate_slots(resolved.slots.total, layout.file_bytes, layout.bytes)
+            self.arena = self.backend.allocate_slots(
+                resolved.slots.total + options.prefetch, layout.file_bytes, layout.bytes
+            )
             with contextlib.ExitStack() as unread:  # until there is a loader, nothing else gives the memory back
                 unread.callback(self.arena.close)
                 storage = self._reachable_storage(bundle, notes)
@@ -83,7 +89,13 @@ class Assembly:
                 unread.pop_all()
             held.callback(self._close_loader)
             self.cache = ExpertCache(
-                config.moe_layers, config.router, self.arena, self.loader, options.policy, options.scope
+                config.moe_layers,
+                config.router,
+                self.arena,
+                self.loader,
+                options.policy,
+                options.scope,
+                options.prefetch,
             )
             kv_cache = KVCache(config, resolved.context, DTYPES[resolved.dtype], self.backend.device)
             routing = self.routing(self.router, options.prior)

@@ -32,14 +32,15 @@ class Spread:
     def __init__(self) -> None:
         self._sum: Array | float = 0.0
         self._count = 0
+        self.mean: Array = np.zeros((1, 1))  # as `update` returned it
 
     def update(self, logits: Array, together: bool = True) -> Array:
         """Take logits [S, E] into the mean and return it: float64 [1, 1] over all rows, or one per row [S, 1]."""
         spreads = (logits.max(axis=-1) - logits.min(axis=-1)).astype(np.float64)
         self._sum = self._sum + (spreads.sum(keepdims=True) if together else spreads)
         self._count += len(logits) if together else 1
-        mean: Array = np.asarray(self._sum / self._count)[:, None]
-        return mean
+        self.mean = np.asarray(self._sum / self._count)[:, None]
+        return self.mean
 
 
 def prefer_cached(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import queue
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from runtime.errors import ReadError
@@ -14,11 +15,12 @@ CHUNK_BYTES = 2 << 20  # on average at most
 _LEAST_CHUNK_BYTES = 256 << 10
 MAX_STALLS = 8  # reads in a row without progress before a blob counts as unreadable
 DIFFERS = "its checksum does not match the manifest"
+CANCELLED = "it is not wanted any more"
 
 
 @dataclass(eq=False)
 class Load:
-    """One blob on its way into a slot. `done` receives it when it has landed or failed for good."""
+    """One blob on its way into a slot. `done` receives it when it has ended: landed, cancelled, or failed for good."""
 
     layer: int
     expert: int
@@ -27,7 +29,23 @@ class Load:
     submitted_ns: int
     started_ns: int = 0
     finished_ns: int = 0
+    bytes: int = 0  # read, in chunks that came well
     error: ReadError | None = None
+    ended: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def end(self) -> None:
+        """By a thread of the reader: everything above is said."""
+        with self._lock:
+            self.ended = True
+            self.done.put(self)
+
+    def redirect(self, done: queue.SimpleQueue[Load]) -> None:
+        """Another queue receives it; one that has ended already is then in both."""
+        with self._lock:
+            self.done = done
+            if self.ended:
+                done.put(self)
 
 
 class Reader(Protocol):
@@ -39,6 +57,10 @@ class Reader(Protocol):
 
     def next(self, done: queue.SimpleQueue[Load], timeout_s: float) -> Load | None:
         """Take the next load out of `done`, or None when none has ended before the time is over."""
+        ...
+
+    def cancel(self, load: Load) -> None:
+        """What has not been read of it need not be: it ends soon, well or with an error."""
         ...
 
     def counts(self) -> tuple[int, int]:

@@ -44,6 +44,8 @@ class TokenRecord:
     major_faults: int
     experts: list[list[int]] = field(default_factory=list)  # per layer; empty in records of older releases
     missed: list[list[int]] = field(default_factory=list)
+    prefetched: int = 0  # misses whose read began on a guess
+    wasted_bytes: int = 0  # of `bytes`: for guesses that were wrong
 
     def to_json(self) -> dict[str, Any]:
         """The line of this token, not copied: writing it must cost next to nothing."""
@@ -88,6 +90,8 @@ class Meter:
             major_faults=major - before[1],
             experts=stats.experts,
             missed=stats.missed,
+            prefetched=stats.prefetched,
+            wasted_bytes=stats.wasted_bytes,
         )
 
 
@@ -105,6 +109,7 @@ class Summary:
     tokens_per_s: float | None = None
     hit_rate: float | None = None
     expert_bytes_per_token: float | None = None
+    prefetched_share: float | None = None  # of the misses: their reads began on a guess
     route_agreement: float | None = None  # with cache-prior routing: share of experts that stock routing chooses, too
     read_bytes_per_s: float | None = None
     prefill_bytes: int = 0
@@ -125,6 +130,7 @@ class Summary:
             self.tokens_per_s = 1000 / mean
             hits, misses = (sum(sum(getattr(r, name)) for r in decode) for name in ("hits", "misses"))
             self.hit_rate = hits / (hits + misses)
+            self.prefetched_share = sum(r.prefetched for r in decode) / misses if misses else None
             self.expert_bytes_per_token = sum(r.bytes for r in decode) / len(decode)
         busy_ms = sum(r.read_busy_ms for r in records)
         if busy_ms:

@@ -96,6 +96,10 @@ class ReplayRouter:
             self.observer(layer, h, logits, experts, weights)
         return Routed(experts, weights, logits)
 
+    def guess(self, layer: int, h: torch.Tensor) -> list[int]:
+        """Nothing: what was recorded does not follow from h, and to look it up would be no guess."""
+        return []
+
 
 def _shape(experts: int, top_k: int, layers: tuple[int, ...]) -> str:
     where = f"layers {layers[0]} to {layers[-1]}" if layers else "no layer"

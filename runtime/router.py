@@ -47,6 +47,10 @@ class Routing(Protocol):
         """Send h [S, H] to experts."""
         ...
 
+    def guess(self, layer: int, h: torch.Tensor) -> list[int]:
+        """What one token h [1, H] of an earlier layer would be sent to here, the likeliest first."""
+        ...
+
 
 class Router:
     """Gate weights of every MoE layer: layer_NN.weight [E, H] fp32 and, where the family has it, choice_bias [E]."""
@@ -98,6 +102,13 @@ class Router:
         if self.observer is not None:
             self.observer(layer, h, logits, experts, weights)
         return Routed(experts, weights, logits)
+
+    def guess(self, layer: int, h: torch.Tensor) -> list[int]:
+        """What this layer's gate makes of h [1, H] as an earlier layer's gate saw it: hidden states change little from
+        layer to layer, and of the experts chosen so some 80 % are chosen indeed.
+        """
+        experts: list[int] = choose(self.config, self.logits(layer, h), self.biases.get(layer))[0][0].tolist()
+        return experts
 
     def logits(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         """h [S, H] to gate logits [S, E] fp32."""

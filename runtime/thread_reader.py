@@ -15,7 +15,7 @@ import xxhash
 
 from runtime import native
 from runtime.layout import PAGE_BYTES, expert_identity
-from runtime.reading import DIFFERS, MAX_STALLS, Load, failed
+from runtime.reading import CANCELLED, DIFFERS, MAX_STALLS, Load, failed
 from runtime.storage import Storage
 
 
@@ -32,6 +32,7 @@ class _State:
     hashed: int = 0
     hashing: bool = False
     retried: bool = False
+    cancelled: bool = False
 
 
 class ThreadReader:
@@ -47,7 +48,7 @@ class ThreadReader:
         self._storage, self._checksums, self._chunks, self._threads = storage, checksums, chunks, threads
         self._jobs: queue.SimpleQueue[tuple[_State, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._in_flight = 0
+        self._states: dict[Load, _State] = {}  # of the loads on their way
         self._busy_since_ns = 0
         self._busy_ns = 0
         self._retries = 0
@@ -57,22 +58,27 @@ class ThreadReader:
     def start(self, load: Load) -> None:
         """See Reader.start."""
         with self._lock:
-            if self._in_flight == 0:
+            if not self._states:
                 self._busy_since_ns = load.submitted_ns
-            self._in_flight += 1
-        self._begin(load, retried=False)
+            self._begin(load, retried=False)
 
     def next(self, done: queue.SimpleQueue[Load], timeout_s: float) -> Load | None:
         """See Reader.next."""
         try:
-            return done.get(timeout=timeout_s)
+            return done.get(timeout=timeout_s) if timeout_s else done.get_nowait()
         except queue.Empty:
             return None
+
+    def cancel(self, load: Load) -> None:
+        """See Reader.cancel."""
+        with self._lock:
+            if load in self._states:
+                self._states[load].cancelled = True
 
     def counts(self) -> tuple[int, int]:
         """See Reader.counts."""
         with self._lock:
-            running = time.monotonic_ns() - self._busy_since_ns if self._in_flight else 0
+            running = time.monotonic_ns() - self._busy_since_ns if self._states else 0
             return self._busy_ns + running, self._retries
 
     def close(self, timeout_s: float) -> bool:
@@ -82,7 +88,9 @@ class ThreadReader:
         return True
 
     def _begin(self, load: Load, retried: bool) -> None:
+        """The lock is held."""
         state = _State(load, xxhash.xxh3_64(seed=expert_identity(load.layer, load.expert)), retried=retried)
+        self._states[load] = state
         for index in range(len(self._chunks)):
             self._jobs.put((state, index))
 
@@ -91,8 +99,9 @@ class ThreadReader:
         while (job := self._jobs.get()) is not None:
             state, index = job
             try:
-                self._read(state.load, *self._chunks[index])
-                problem = ""
+                problem = CANCELLED if state.cancelled else ""
+                if not problem:
+                    self._read(state.load, *self._chunks[index])
             except OSError as error:
                 problem = error.strerror or str(error)
             self._settle(state, index, problem)
@@ -137,18 +146,19 @@ class ThreadReader:
 
     def _finish(self, state: _State) -> None:
         load, problem = state.load, state.problem
+        load.bytes = sum(end - begin for begin, end in (self._chunks[index] for index in state.landed))
         if not problem and state.hasher.intdigest() != self._checksums[load.layer, load.expert]:
             problem = DIFFERS
-        if problem and not state.retried:
+        if problem and not state.retried and not state.cancelled:
             with self._lock:
                 self._retries += 1
-            self._begin(load, retried=True)
+                self._begin(load, retried=True)
             return
         if problem:
             load.error = failed(self._storage.name(load.layer, load.expert), problem)
         load.finished_ns = time.monotonic_ns()
         with self._lock:
-            self._in_flight -= 1
-            if self._in_flight == 0:
+            del self._states[load]
+            if not self._states:
                 self._busy_ns += load.finished_ns - self._busy_since_ns
-        load.done.put(load)
+        load.end()

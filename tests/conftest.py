@@ -15,3 +15,11 @@ def library() -> ctypes.CDLL:
     from tests.kernels import open_library
 
     return open_library()
+
+
+@pytest.fixture(params=[False, True], ids=["threads", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whose threads read: Python's, or the compiled library's."""
+    if request.param:
+        request.getfixturevalue("library")
+    return bool(request.param)

@@ -92,13 +92,14 @@ def make_cache(
     threads: int = 2,
     deadline_s: float = 30.0,
     compiled: bool = False,
+    prefetch: int = 0,
 ) -> tuple[ExpertCache, Loader]:
-    """A cache of `slots` slots over layers 0 ... layers - 1."""
+    """A cache of `slots` slots over layers 0 ... layers - 1, and `prefetch` beside it."""
     blob_bytes = len(storage.blobs[0, 0])
     loader = Loader(storage, storage.checksums(), blob_bytes, threads, deadline_s, compiled)
-    arena = Arena(slots, blob_bytes, blob_bytes)
+    arena = Arena(slots + prefetch, blob_bytes, blob_bytes)
     rules = RouterConfig(num_experts=1 + max(expert for _, expert in storage.blobs), top_k=1)
-    return ExpertCache(range(layers), rules, arena, loader, policy, scope), loader
+    return ExpertCache(range(layers), rules, arena, loader, policy, scope, prefetch), loader
 
 
 def residents(cache: ExpertCache, layer: int) -> set[int]:

@@ -29,7 +29,7 @@ typedef struct load {
     uint8_t *to;
     uint64_t *sums;                    /* of every block, from the first chunk to the last */
     int64_t taken, settled, folded;    /* chunks */
-    int64_t retried;
+    int64_t retried, cancelled;
     xxh3_t hash;
     uint8_t landed[];
 } load_t;
@@ -83,6 +83,8 @@ static int64_t read_file(const reader_t *r, int64_t file, void *to, int64_t byte
 /* Bytes `begin` to `end` of a blob, going on after short reads; what went wrong goes into `problem`. */
 static void read_chunk(const reader_t *r, const load_t *load, int64_t begin, int64_t end, reader_result_t *problem) {
     int64_t stalls = 0;
+    if (__atomic_load_n(&load->cancelled, __ATOMIC_RELAXED)) problem->problem = READ_CANCELLED;
+    if (problem->problem) return;
     while (begin < end && !__atomic_load_n(&r->stop, __ATOMIC_RELAXED)) {
         int64_t count = read_file(r, load->file, load->to + begin, end - begin, begin);
         problem->offset = begin;
@@ -112,7 +114,7 @@ static uint64_t *sums_of(const reader_t *r, const load_t *load, int64_t index) {
 
 static void begin_reading(load_t *load, int64_t chunks) {
     load->taken = load->settled = load->folded = 0;
-    load->result.problem = load->result.error = load->result.offset = 0;
+    load->result.problem = load->result.error = load->result.offset = load->result.bytes = 0;
     memset(load->landed, 0, (size_t)chunks);
     edge_xxh3_begin(&load->hash, (uint64_t)load->seed, BEST);
 }
@@ -129,7 +131,7 @@ static void finish(reader_t *r, load_t *load) {
         if (digest != (uint64_t)load->checksum) result->problem = READ_DIFFERS;
     }
     r->rooms[r->free_rooms++] = load->sums;
-    if (result->problem && !load->retried) {
+    if (result->problem && !load->retried && !load->cancelled) {
         load->retried = 1;
         r->retries++;
         begin_reading(load, r->setup.chunks);
@@ -149,6 +151,7 @@ static void settle(reader_t *r, load_t *load, int64_t index, const reader_result
         load->result.offset = problem->offset;
     }
     load->landed[index] = !problem->problem;
+    if (!problem->problem) load->result.bytes += r->edges[index + 1] - r->edges[index];
     for (; load->folded < r->setup.chunks && load->landed[load->folded]; load->folded++)
         edge_xxh3_fold(&load->hash, sums_of(r, load, load->folded), blocks_of(r, load->folded));
     if (++load->settled == r->setup.chunks) finish(r, load);
@@ -292,7 +295,7 @@ int edge_reader_submit(reader_t *r, int64_t id, int64_t file, int64_t seed, int6
         memset(&load->result, 0, sizeof load->result);
         load->result.id = id, load->result.submitted_ns = now();
         load->file = file, load->seed = seed, load->checksum = checksum, load->to = to;
-        load->retried = 0;
+        load->retried = load->cancelled = 0;
         begin_reading(load, r->setup.chunks);
         if (r->in_flight++ == 0) r->busy_since_ns = load->result.submitted_ns;
         enqueue(r, load);
@@ -301,6 +304,14 @@ int edge_reader_submit(reader_t *r, int64_t id, int64_t file, int64_t seed, int6
     /* The caller goes on to compute on every core. A thread that wakes on the caller's would wait until that is done. */
     if (first) sched_yield();
     return load ? 0 : -1;
+}
+
+/* What has not been read yet of the blob that was submitted as `id` need not be: it ends soon, well or cancelled. */
+void edge_reader_cancel(reader_t *r, int64_t id) {
+    pthread_mutex_lock(&r->lock);
+    for (load_t *load = r->newest; load; load = load->older)
+        if (load->result.id == id) __atomic_store_n(&load->cancelled, 1, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&r->lock);
 }
 
 /* The next blob that has ended, well or not: 1, or 0 when none has within `timeout_ns`. One caller at a time. */

@@ -14,10 +14,11 @@ typedef struct {
     read_bytes_t *read;    /* NULL: pread of descriptor `file` */
 } reader_setup_t;
 
-enum { READ_WELL = 0, READ_ERROR = 1, READ_ENDED = 2, READ_STALLED = 3, READ_DIFFERS = 4 };
+enum { READ_WELL = 0, READ_ERROR = 1, READ_ENDED = 2, READ_STALLED = 3, READ_DIFFERS = 4, READ_CANCELLED = 5 };
 
 typedef struct {
     int64_t id;                                  /* as submitted */
     int64_t submitted_ns, started_ns, finished_ns; /* CLOCK_MONOTONIC */
     int64_t problem, error, offset;              /* READ_...; with READ_ERROR its number; where reading stopped */
+    int64_t bytes;                               /* in chunks that were read, the second time if there were two */
 } reader_result_t;

@@ -19,13 +19,13 @@ import numpy as np
 from runtime import native
 from runtime.errors import ReadError
 from runtime.layout import expert_identity
-from runtime.reading import DIFFERS, Load, failed
+from runtime.reading import CANCELLED, DIFFERS, Load, failed
 from runtime.storage import ExpertStorage, Storage
 
 _BLOCK_BYTES = 1024  # of XXH3; the checksum in reader.c is for whole ones
 _WAIT_NS = 200_000_000  # in C at a time: Ctrl-C is seen between two
 _READ = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-_ERROR, _ENDED, _STALLED, _DIFFERS = 1, 2, 3, 4
+_ERROR, _ENDED, _STALLED, _DIFFERS, _CANCELLED = 1, 2, 3, 4, 5
 _NOTHING = -1  # no load's number
 _CLOSED = "the engine was closed: open the bundle again"
 _UNCLOSED_S = 5.0  # for reads that end when nobody has closed the reader
@@ -48,7 +48,7 @@ class _Result(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("id", "submitted_ns", "started_ns", "finished_ns", "problem", "error", "offset")
+        for name in ("id", "submitted_ns", "started_ns", "finished_ns", "problem", "error", "offset", "bytes")
     ]
 
 
@@ -99,16 +99,24 @@ class CompiledReader:
 
     def next(self, done: queue.SimpleQueue[Load], timeout_s: float) -> Load | None:
         """See Reader.next."""
-        until = time.monotonic_ns() + int(timeout_s * 1e9)
+        left = int(timeout_s * 1e9)
+        until = time.monotonic_ns() + left
         while done.empty():
-            left = until - time.monotonic_ns()
             with self._turn:
-                if left <= 0 or self._closing:
+                if left < 0 or self._closing:
                     return None
                 if self._result.id == _NOTHING:
                     self._library.edge_reader_wait(self._reader, min(left, _WAIT_NS), ctypes.byref(self._result))
                 self._deliver(self._result)
+            left = until - time.monotonic_ns()
         return done.get()
+
+    def cancel(self, load: Load) -> None:
+        """See Reader.cancel."""
+        with self._turn:
+            for number, other in self._loads.items():
+                if other is load and not self._closing:
+                    self._library.edge_reader_cancel(self._reader, number)
 
     def counts(self) -> tuple[int, int]:
         """See Reader.counts."""
@@ -129,14 +137,15 @@ class CompiledReader:
         """Hand over what has ended, if anything has.
 
         Ctrl-C may come out of any call, that of the library above all: the result stays until it is handed over, and
-        between the last two statements that do so nothing is called.
+        between the deletion and the queue nothing is called.
         """
         load = self._loads.get(result.id)
         if load is not None:
-            load.started_ns, load.finished_ns = result.started_ns, result.finished_ns
+            load.started_ns, load.finished_ns, load.bytes = result.started_ns, result.finished_ns, result.bytes
             if result.problem:
                 load.error = failed(self._storage.name(load.layer, load.expert), _problem(result))
             del self._loads[result.id]
+            load.ended = True  # as Load.end does, but that is a call, and another thread's queue cannot be meant
             load.done.put(load)
         result.id = _NOTHING
 
@@ -144,6 +153,8 @@ class CompiledReader:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.edge_reader_start.restype = ctypes.c_void_p
     library.edge_reader_submit.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
+    library.edge_reader_cancel.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.edge_reader_cancel.restype = None
     library.edge_reader_wait.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.edge_reader_counts.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.edge_reader_counts.restype = None
@@ -181,5 +192,6 @@ def _problem(result: _Result) -> str:
         _ENDED: f"the file ends after {result.offset} bytes",
         _STALLED: f"no progress after {result.offset} bytes",
         _DIFFERS: DIFFERS,
+        _CANCELLED: CANCELLED,
     }
     return texts[result.problem]

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 
 import numpy as np
 import pytest
 
-from runtime import native
 from runtime.errors import ReadError
 from runtime.reading import CHUNK_BYTES, cut
 from tests.storages import FaultyStorage, MemoryStorage, make_cache, residents
 
 BLOB = 3 * 4096
-
-
-@pytest.fixture(params=[False, True], ids=["threads", "compiled"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    """Whose threads read: Python's, or the compiled library's, which must be here where a compiler is."""
-    if request.param and native.library() is None:
-        assert shutil.which("cc") is None, "a compiler is here but the library was not built: run `make venv`"
-        pytest.skip("no C compiler, so no compiled reader")
-    return bool(request.param)
 
 
 def fetch(storage: MemoryStorage, cache, experts: list[int]) -> None:  # type: ignore[no-untyped-def]

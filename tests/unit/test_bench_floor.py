@@ -93,13 +93,18 @@ def test_shares_are_taken_within_a_round() -> None:
         fields = {"total_ms": 3000.0 * slower, "bytes": 900, "read_busy_ms": 1000.0 * slower}
         token = dataclasses.replace(record([3], [1]), **fields)  # type: ignore[arg-type]
         floors = {"floor_s": 2.0 * slower, "memory_floor_s": slower}
-        rounds.append(Round([token], COSTS, 1000.0 / slower, 800.0 / slower, 1.0, **floors))
+        guessed = dataclasses.replace(token, total_ms=2400.0 * slower, prefetched=1, wasted_bytes=90)
+        rounds.append(Round([token], [guessed], COSTS, 1000.0 / slower, 800.0 / slower, 1.0, **floors))
     setting = summarise(8, rounds)
     assert (setting.tpot_s, setting.floor_s, setting.over_floor, setting.over_memory_floor) == (6.0, 4.0, 1.5, 3.0)
+    assert (setting.prefetch_tpot_s, setting.prefetch_over_floor) == (4.8, 1.2)
+    assert (setting.prefetched_share, setting.wasted_share) == (1.0, 0.1)
     assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
     assert setting.alone_share == pytest.approx(0.8)
     assert setting.hit_rate == 0.75
     assert setting.parts == COSTS
+    alone = summarise(8, [dataclasses.replace(each, guessed=None) for each in rounds])
+    assert (alone.prefetch_tpot_s, alone.prefetched_share, alone.tpot_s) == (None, None, 6.0)
 
 
 def test_best_of_read_rates() -> None:

@@ -297,10 +297,10 @@ def test_the_models_own_defaults_count_only_where_it_is_meant_to_be_sampled() ->
 
 
 def test_the_table_shows_a_dash_for_what_was_not_measured() -> None:
-    unknown = {"ttft_ms", "tokens_per_s", "hit_rate", "expert_bytes_per_token", "read_bytes_per_s"}
+    unknown = {"ttft_ms", "tokens_per_s", "hit_rate", "expert_bytes_per_token", "read_bytes_per_s", "prefetched_share"}
     values: dict[str, Any] = dict.fromkeys(unknown)
     values |= {"tpot_ms": {}, "memory_plan_bytes": {"total_bytes": 2_500_000_000}, "peak_rss_bytes": 1_230_000_000}
-    values |= {"mapped_code_bytes": 230_000_000}
+    values |= {"mapped_code_bytes": 230_000_000, "prefetch": 0}
     values |= {"policy": "lru", "slots": 24, "expert_budget_bytes": 415_000_000, "direct_io": False}
     values |= {"prompt_tokens": 3, "token_ids": [], "finish_reason": "interrupted"}
     rows = dict(report.summary_rows(values))
@@ -308,6 +308,9 @@ def test_the_table_shows_a_dash_for_what_was_not_measured() -> None:
     assert rows["hit rate"] == "- % (lru, 24 experts in 415 MB)"
     assert rows["read"] == "- MB per token, - GB/s through the page cache"
     assert rows["memory"] == "peak 1000 MB of 2500 MB planned, and 230 MB of mapped code"
+    assert "guesses" not in rows
+    rows = dict(report.summary_rows(values | {"prefetch": 1, "prefetched_share": 0.274}))
+    assert rows["guesses"] == "27.4 % of the misses were on their way when asked for"
 
 
 def test_a_full_disk_under_the_record_names_the_file(bundles: dict[str, str], edge: Run) -> None:
