@@ -16,7 +16,7 @@ from edge.bench_table import ceiling_line, table_rows, tpot_less
 from edge.interrupt import Interrupt
 from edge.options import add_prior_arguments, add_setup_arguments, engine_options
 from runtime.errors import EdgeError, UsageError
-from runtime.options import EngineOptions
+from runtime.options import PRIOR_NEEDS, EngineOptions
 from runtime.policies import GATE, POLICIES
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace) -> tuple[EngineOptions, list[EngineOptions]
     routes = bool(args.routers or args.routings or not (args.replay or args.overlap))
     routings = (args.routings or ["stock"]) if routes else []
     if prior and "cache-prior" not in routings:
-        raise UsageError("--prior-strength, --prior-top-j and --prior-scaling need --routing cache-prior")
+        raise UsageError(PRIOR_NEEDS)
     options = []
     for router in args.routers or [EngineOptions.router]:
         for routing in routings:

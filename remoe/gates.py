@@ -42,9 +42,10 @@ class Gate(nn.Module):
     reference: Tensor
     bias: Tensor | None
 
-    def __init__(self, config: RouterConfig, stock: nn.Module, layer: int) -> None:
+    def __init__(self, config: RouterConfig, stock: nn.Module, layer: int, place: int = 0) -> None:
+        """`place`: number of the layer among those with experts."""
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self._place = config, layer, place
         weight, bias = _tensor(stock, "weight"), None
         self.weight = nn.Parameter(weight.clone())
         self.register_buffer("reference", weight, persistent=False)
@@ -62,7 +63,7 @@ class Gate(nn.Module):
             wide = h.float()
             logits = nn.functional.linear(wide, self.reference if self.stock else self.weight)
             experts = self._choose(logits)
-            weights = weigh(self.config, logits, experts)
+            weights = self._weigh(logits, experts)
             tape = self.tape
             if tape is not None and tape.recording:
                 self._record(tape, wide, logits, experts)
@@ -72,9 +73,17 @@ class Gate(nn.Module):
 
     def _choose(self, logits: Tensor) -> Tensor:
         tape = self.tape
-        if tape is None or tape.prior is None:
+        if tape is None or tape.prior is None or self._place < tape.prior.options.skip:
             return choose(self.config, logits, self.bias)
         return choose_with_prior(self.config, logits.detach(), self.bias, tape.segments, tape.prior)
+
+    def _weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        weights = weigh(self.config, logits, experts)
+        prior = self.tape.prior if self.tape is not None else None
+        if prior is None or not prior.options.keeps_sum(self.config):
+            return weights
+        own = weigh(self.config, logits, choose(self.config, logits, self.bias)).sum(-1, keepdim=True)
+        return weights * (own / (weights.sum(-1, keepdim=True) + 1e-20))
 
     def _record(self, tape: Tape, h: Tensor, logits: Tensor, experts: Tensor) -> None:
         with torch.no_grad():
@@ -94,8 +103,8 @@ class Gates:
         self._places = [find_gate(model, config, layer) for layer in config.moe_layers]
         device = next(model.parameters()).device
         self.modules = [
-            Gate(config.router, getattr(parent, name), layer).to(device)
-            for (parent, name), layer in zip(self._places, config.moe_layers, strict=True)
+            Gate(config.router, getattr(parent, name), layer, place).to(device)
+            for place, ((parent, name), layer) in enumerate(zip(self._places, config.moe_layers, strict=True))
         ]
 
     @contextmanager

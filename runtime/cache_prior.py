@@ -12,7 +12,10 @@ takes z_(1) - z_(K) of this token for D. "energy" is ours: with w_e = s_e / (sum
 
 Outputs of experts are nearly orthogonal, so to leave out an expert of weight w changes a token's output by about w. Two
 logits are as far apart at the top, where the weights are large, as at the bottom, where they hardly matter; squares of
-weights are not. docs/results/router-tuning.md compares the three.
+weights are not. Where the model does not divide weights by their sum they keep the sum of the router's own choice, so
+that a layer adds no less than it would. docs/results/router-tuning.md compares the three.
+
+The first `skip` layers with experts keep the router's own choice: what changes there goes through the whole model.
 
 With strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once
 anyway.
@@ -32,7 +35,7 @@ import torch
 
 from runtime.config import RouterConfig
 from runtime.errors import UsageError
-from runtime.prior_rows import Array, Preferred, Spread, prefer_cached, weigh
+from runtime.prior_rows import Array, Preferred, Spread, prefer_cached, weigh_preferred
 from runtime.router import Observer, Routed, Router
 
 Scaling = Literal["mean", "token", "energy"]
@@ -46,18 +49,26 @@ class CachePrior:
     strength: float = 0.1
     top_j: int = 1
     scaling: Scaling = "mean"
+    skip: int = 0
 
-    def check(self, top_k: int) -> None:
+    def check(self, top_k: int, layers: int) -> None:
         """Raises UsageError for values that cannot be."""
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise UsageError(f"--prior-strength {self.strength}: expected a number from 0 (stock routing) up")
         if not 0 <= self.top_j <= top_k:
             raise UsageError(f"--prior-top-j {self.top_j}: expected 0 to {top_k}, the experts of a token")
+        if not 0 <= self.skip <= layers:
+            raise UsageError(f"--prior-skip {self.skip}: expected 0 to {layers}, the layers with experts")
         if self.scaling not in get_args(Scaling):
             raise UsageError(f"unknown prior scaling {self.scaling!r} (known: {', '.join(get_args(Scaling))})")
 
+    def keeps_sum(self, config: RouterConfig) -> bool:
+        """Whether weights are scaled to the sum of the router's own."""
+        return self.strength > 0 and self.scaling == "energy" and not config.normalise
+
     def __str__(self) -> str:
-        return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
+        skip = f" skip={self.skip}" if self.skip else ""
+        return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}{skip}"
 
 
 def raise_logits(options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -100,7 +111,8 @@ class CachePriorRouter:
 
     def __init__(self, router: Router, cache: HeldExperts, options: CachePrior) -> None:
         """Raises UsageError for options that cannot be."""
-        options.check(router.config.top_k)
+        options.check(router.config.top_k, len(router.layers))
+        self._skipped = frozenset(sorted(router.layers)[: options.skip])
         self.config, self.options = router.config, options
         self._biases = {layer: bias.cpu().numpy() for layer, bias in router.biases.items()}
         self._router, self._cache = router, cache
@@ -127,7 +139,7 @@ class CachePriorRouter:
 
     def route(self, layer: int, h: torch.Tensor) -> Routed:
         """As Router.route; only a single row may be routed away from the stock choice."""
-        if len(h) == 1 and self.options.strength > 0:
+        if len(h) == 1 and self.options.strength > 0 and layer not in self._skipped:
             return self._lean(layer, h)
         routed = self._router.route(layer, h)
         self._spread(layer, routed.logits.cpu().numpy())
@@ -137,6 +149,8 @@ class CachePriorRouter:
 
     def guess(self, layer: int, h: torch.Tensor) -> list[int]:
         """See Routing.guess: by the same rule, with what is in the cache now."""
+        if layer in self._skipped:
+            return self._router.guess(layer, h)
         rows = self._router.logits(layer, h).cpu().numpy()
         experts: list[int] = self._prefer(layer, rows, self._spreads[layer].mean).experts[0].tolist()
         return experts
@@ -151,7 +165,7 @@ class CachePriorRouter:
         rows = logits.cpu().numpy()
         found = self._prefer(layer, rows, self._spread(layer, rows))
         self._count(len({*found.experts[0].tolist()} & {*found.stock[0].tolist()}))
-        weights = torch.from_numpy(weigh(self.config, found.scores, found.experts)).to(h.device)
+        weights = torch.from_numpy(weigh_preferred(self.options, self.config, found)).to(h.device)
         routed = Routed(torch.from_numpy(found.experts).to(h.device), weights, logits)
         if self.observer is not None:
             self.observer(layer, h, logits, routed.experts, weights)

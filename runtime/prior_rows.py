@@ -58,11 +58,16 @@ def prefer_cached(
     return Preferred(_choose(rules, leaning, bias), stock, scores)
 
 
-def weigh(rules: RouterConfig, scores: Array, experts: Array) -> Array:
-    """Weights fp32 [S, K] of the experts [S, K], as runtime.router.weigh gives them."""
-    weights = scores[_rows(experts), experts]
+def weigh_preferred(options: CachePrior, rules: RouterConfig, found: Preferred) -> Array:
+    """Weights fp32 [S, K] of the preferred experts, as runtime.router.weigh gives them, and by energy with the sum of
+    the router's own.
+    """
+    weights = found.scores[_rows(found.experts), found.experts]
     if rules.normalise:
         weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
+    elif options.keeps_sum(rules):
+        own = found.scores[_rows(found.stock), found.stock].sum(axis=-1, keepdims=True)
+        weights *= own / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     weights *= rules.scale
     return weights.astype(np.float32)
 

@@ -10,11 +10,13 @@ import torch
 
 from export.families import parse_config
 from export.source import read_config
+from remoe.cache_model import Prior
 from remoe.gates import Gate, Gates, Tape, decision, find_gate
 from remoe.head import IGNORED, head_losses
 from remoe.objective import Objective, combine, layer_terms
 from remoe.texts import batch, pack
 from remoe.tune import last_hidden
+from runtime.cache_prior import CachePrior
 from runtime.config import ModelConfig, RouterConfig
 from runtime.errors import CheckpointError, UsageError
 from runtime.layout import router_tensors
@@ -85,6 +87,20 @@ def test_a_gate_answers_in_the_order_of_the_one_it_replaces(order: tuple[int, ..
 def test_a_gate_that_answers_otherwise_is_refused(order: tuple[int, ...]) -> None:
     with pytest.raises(CheckpointError, match="expected logits, weights and experts: this version of transformers"):
         Gate(RouterConfig(4, 2), Stock(order), 0)
+
+
+def test_a_gate_with_the_rule_by_energy_weighs_as_the_engine_does() -> None:
+    """Two cached experts, the second token stays with them, and the sum of its weights is that of its own choice."""
+    stock, h = Stock((0, 1, 2)), torch.tensor([[1.0, 4.0, 2.0, 3.0], [3.0, 4.0, 1.0, 2.9]])
+    own = stock(h)
+    for skip, wanted in ((0, [[1, 3], [1, 3]]), (1, [[1, 3], [1, 0]])):
+        gate = Gate(RouterConfig(4, 2), stock, 0)
+        prior = Prior(CachePrior(0.5, scaling="energy", skip=skip), 2)
+        gate.tape = Tape(torch.zeros(2, dtype=torch.int64), prior)
+        logits, weights, experts = gate(h)
+        assert experts.tolist() == wanted
+        torch.testing.assert_close(weights.sum(-1), own[1].sum(-1))
+        torch.testing.assert_close(logits, own[0])
 
 
 def test_a_gradient_reaches_every_gate_and_nothing_else(loaded: tuple[Any, ModelConfig]) -> None:
