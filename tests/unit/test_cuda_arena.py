@@ -38,12 +38,16 @@ def make(cuda: FakeCuda, slots: int, kind: type[CudaArena] = CudaArena) -> CudaA
     return kind(cuda, COMPUTE, slots, BLOB, BLOB)  # type: ignore[arg-type]
 
 
-def run(cuda: FakeCuda, kind: type[CudaArena], per_layer: int, steps: int = 60) -> list[tuple[bytes, bytes]]:
-    """Decode steps of a model; returns (digest that a kernel saw, digest of its expert) for every kernel."""
+def run(
+    cuda: FakeCuda, kind: type[CudaArena], per_layer: int, steps: int = 60, prefetch: int = 0
+) -> list[tuple[bytes, bytes]]:
+    """Decode steps of a model; returns (digest that a kernel saw, digest of its expert) for every kernel. Of guesses
+    for the other layer about a third are right.
+    """
     storage = MemoryStorage(LAYERS, EXPERTS, BLOB)
     loader = Loader(storage, storage.checksums(), BLOB, 2)
-    arena = make(cuda, LAYERS * per_layer, kind)
-    cache = ExpertCache(range(LAYERS), RouterConfig(EXPERTS, 1), arena, loader, "lru", "layer")
+    arena = make(cuda, LAYERS * per_layer + prefetch, kind)
+    cache = ExpertCache(range(LAYERS), RouterConfig(EXPERTS, 1), arena, loader, "lru", "layer", prefetch)
     seen: list[tuple[bytes, bytes]] = []
     chooser = random.Random(1)
     for step in range(steps):
@@ -51,6 +55,7 @@ def run(cuda: FakeCuda, kind: type[CudaArena], per_layer: int, steps: int = 60) 
             # Now and then a prompt: more experts than slots, so that slots are used again within one request.
             count = EXPERTS if step % 10 == 5 else TOP_K
             with cache.fetch(layer, chooser.sample(range(EXPERTS), count)) as request:
+                cache.prefetch(1 - layer, chooser.sample(range(EXPERTS), prefetch))
                 for expert, slot in request:
                     right = hashlib.sha256(storage.blobs[layer, expert].tobytes()).digest()
 
@@ -67,11 +72,12 @@ def run(cuda: FakeCuda, kind: type[CudaArena], per_layer: int, steps: int = 60) 
 
 
 @pytest.mark.parametrize("gpu", [ORIN, DISCRETE], ids=["integrated", "discrete"])
+@pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize(("seed", "eager"), [(0, 0.0), (1, 0.5), (2, 0.9), (3, 0.99)])
-def test_every_kernel_sees_its_own_expert(gpu: Gpu, seed: int, eager: float) -> None:
+def test_every_kernel_sees_its_own_expert(gpu: Gpu, seed: int, eager: float, prefetch: int) -> None:
     """120 requests over 3 or 4 slots per layer; kernels run at the last moment, the first, or anywhere between."""
     for per_layer in (TOP_K, TOP_K + 1):
-        seen = run(FakeCuda(gpu, seed, eager), CudaArena, per_layer)
+        seen = run(FakeCuda(gpu, seed, eager), CudaArena, per_layer, prefetch=prefetch)
         assert len(seen) == LAYERS * (54 * TOP_K + 6 * EXPERTS)
         assert all(found == right for found, right in seen)
 
@@ -79,8 +85,9 @@ def test_every_kernel_sees_its_own_expert(gpu: Gpu, seed: int, eager: float) -> 
 @pytest.mark.parametrize("gpu", [ORIN, DISCRETE], ids=["integrated", "discrete"])
 def test_without_the_marks_kernels_see_other_experts(gpu: Gpu) -> None:
     """The same run with an arena that forgets them: the stress test above can fail."""
-    seen = run(FakeCuda(gpu), Forgetful, TOP_K)
-    assert sum(found != right for found, right in seen) > 50
+    for prefetch in (0, 2):
+        seen = run(FakeCuda(gpu), Forgetful, TOP_K, prefetch=prefetch)
+        assert sum(found != right for found, right in seen) > 50
 
 
 def test_order_of_calls_on_a_board() -> None:
