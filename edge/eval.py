@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--prior-strength", metavar="X", type=float, nargs="+", help="strengths to judge (default: 0.1)")
     run.add_argument("--prior-top-j", metavar="J", type=int, help="so many of the true best get the bonus, too")
     run.add_argument("--prior-scaling", choices=get_args(Scaling), help="by spread of logits, or energy")
-    run.add_argument("--prior-skip", metavar="N", type=int, help="so many first layers keep the router's own choice")
     group = parser.add_argument_group("what is judged")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", type=Path, nargs="+", help=".txt, or .jsonl with one text per line")
@@ -105,10 +104,10 @@ def _check_source(args: argparse.Namespace) -> None:
 def _options(args: argparse.Namespace) -> tuple[EngineOptions, list[str], list[CachePrior]]:
     """How the engine is opened, which routers are judged, and with which cache-priors beside the stock rule."""
     routers, strengths = args.router or [EngineOptions.router], args.prior_strength or [EngineOptions.prior_strength]
-    said = (args.prior_strength, args.prior_top_j, args.prior_scaling, args.prior_skip)
+    said = (args.prior_strength, args.prior_top_j, args.prior_scaling)
     if args.routing != "cache-prior" and any(value is not None for value in said):
         raise UsageError(PRIOR_NEEDS)
-    routing = dict.fromkeys(("routing", "prior_strength", "prior_top_j", "prior_scaling", "prior_skip"))
+    routing = dict.fromkeys(("routing", "prior_strength", "prior_top_j", "prior_scaling"))
     plain = engine_options(argparse.Namespace(**{**vars(args), **routing, "router": routers[0]}))
     return plain, routers, _priors(args, strengths) if args.routing == "cache-prior" else []
 
@@ -116,8 +115,7 @@ def _options(args: argparse.Namespace) -> tuple[EngineOptions, list[str], list[C
 def _priors(args: argparse.Namespace, strengths: list[float]) -> list[CachePrior]:
     default = CachePrior()
     top_j = default.top_j if args.prior_top_j is None else args.prior_top_j
-    scaling, skip = args.prior_scaling or default.scaling, args.prior_skip or default.skip
-    return [CachePrior(strength, top_j, scaling, skip) for strength in strengths]
+    return [CachePrior(strength, top_j, args.prior_scaling or default.scaling) for strength in strengths]
 
 
 def _judge(engine: Engine, args: argparse.Namespace, routers: list[str], priors: list[CachePrior]) -> list[Evaluation]:

@@ -94,8 +94,6 @@ def add_prior_arguments(group: argparse._ArgumentGroup) -> None:
         help=default("prior_top_j", "cache-prior: so many of the true best get the bonus, too"))  # fmt: skip
     add("--prior-scaling", choices=get_args(Scaling),
         help=default("prior_scaling", "cache-prior: mean or token: spread of logits; energy: weights"))  # fmt: skip
-    add("--prior-skip", metavar="N", type=int,
-        help=default("prior_skip", "cache-prior: so many first layers keep the router's choice"))  # fmt: skip
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:

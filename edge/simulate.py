@@ -141,7 +141,7 @@ def _setting(args: argparse.Namespace, policy: str, slots: int, prior: CachePrio
 
 def _prior(args: argparse.Namespace) -> CachePrior | None:
     """Of the arguments only those that say how tokens are routed: --policy and --scope are of the simulated cache."""
-    names = ("routing", "prior_strength", "prior_top_j", "prior_scaling", "prior_skip")
+    names = ("routing", "prior_strength", "prior_top_j", "prior_scaling")
     return engine_options(argparse.Namespace(**{name: getattr(args, name) for name in names})).prior
 
 

@@ -42,10 +42,9 @@ class Gate(nn.Module):
     reference: Tensor
     bias: Tensor | None
 
-    def __init__(self, config: RouterConfig, stock: nn.Module, layer: int, place: int = 0) -> None:
-        """`place`: number of the layer among those with experts."""
+    def __init__(self, config: RouterConfig, stock: nn.Module, layer: int) -> None:
         super().__init__()
-        self.config, self.layer, self._place = config, layer, place
+        self.config, self.layer = config, layer
         weight, bias = _tensor(stock, "weight"), None
         self.weight = nn.Parameter(weight.clone())
         self.register_buffer("reference", weight, persistent=False)
@@ -73,7 +72,7 @@ class Gate(nn.Module):
 
     def _choose(self, logits: Tensor) -> Tensor:
         tape = self.tape
-        if tape is None or tape.prior is None or self._place < tape.prior.options.skip:
+        if tape is None or tape.prior is None:
             return choose(self.config, logits, self.bias)
         return choose_with_prior(self.config, logits.detach(), self.bias, tape.segments, tape.prior)
 
@@ -103,8 +102,8 @@ class Gates:
         self._places = [find_gate(model, config, layer) for layer in config.moe_layers]
         device = next(model.parameters()).device
         self.modules = [
-            Gate(config.router, getattr(parent, name), layer, place).to(device)
-            for place, ((parent, name), layer) in enumerate(zip(self._places, config.moe_layers, strict=True))
+            Gate(config.router, getattr(parent, name), layer).to(device)
+            for (parent, name), layer in zip(self._places, config.moe_layers, strict=True)
         ]
 
     @contextmanager

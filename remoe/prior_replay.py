@@ -38,7 +38,6 @@ class PriorChooser:
         layers = len(trace.info.moe_layers)
         self._groups = [slice(layer, layer + 1) for layer in range(layers)] if shared else [slice(0, layers)]
         self._shape = (layers, trace.info.num_experts)
-        self._skipped = np.arange(layers)[:, None] < options.skip
         self.experts: Array = trace.experts.copy()
         self._same = self._asked = 0
 
@@ -61,12 +60,11 @@ class PriorChooser:
             bias = None if self._bias is None else self._bias[group]
             cached = self._cached(pools, group)
             found = prefer_cached(self._options, self._rules, logits[group], bias, cached, spread[group])
-            experts = np.where(self._skipped[group], found.stock, found.experts)
-            self._same += int((experts[:, :, None] == found.stock[:, None, :]).sum())
-            self._asked += experts.size
-            self.experts[row, group] = experts
+            self._same += int((found.experts[:, :, None] == found.stock[:, None, :]).sum())
+            self._asked += found.experts.size
+            self.experts[row, group] = found.experts
             offsets = np.arange(self._shape[0])[group, None] * self._shape[1]
-            yield from (experts + offsets).tolist()
+            yield from (found.experts + offsets).tolist()
 
     def _row(self, row: int) -> Array:
         return self._logits[row].astype(np.float32)

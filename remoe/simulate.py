@@ -52,7 +52,7 @@ class Setting:
         if self.prompt not in ("replay", "skip"):
             raise UsageError(f"unknown prompt {self.prompt!r} (known: replay, skip)")
         if self.prior is not None:
-            self.prior.check(info.top_k, len(info.moe_layers))
+            self.prior.check(info.top_k)
             if self.policy == BELADY:
                 raise UsageError(
                     "belady needs to know what will be asked for, but cache-prior routing decides that anew"

@@ -15,8 +15,6 @@ logits are as far apart at the top, where the weights are large, as at the botto
 weights are not. Where the model does not divide weights by their sum they keep the sum of the router's own choice, so
 that a layer adds no less than it would. docs/results/router-tuning.md compares the three.
 
-The first `skip` layers with experts keep the router's own choice: what changes there goes through the whole model.
-
 With strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once
 anyway.
 
@@ -49,16 +47,13 @@ class CachePrior:
     strength: float = 0.1
     top_j: int = 1
     scaling: Scaling = "mean"
-    skip: int = 0
 
-    def check(self, top_k: int, layers: int) -> None:
+    def check(self, top_k: int) -> None:
         """Raises UsageError for values that cannot be."""
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise UsageError(f"--prior-strength {self.strength}: expected a number from 0 (stock routing) up")
         if not 0 <= self.top_j <= top_k:
             raise UsageError(f"--prior-top-j {self.top_j}: expected 0 to {top_k}, the experts of a token")
-        if not 0 <= self.skip <= layers:
-            raise UsageError(f"--prior-skip {self.skip}: expected 0 to {layers}, the layers with experts")
         if self.scaling not in get_args(Scaling):
             raise UsageError(f"unknown prior scaling {self.scaling!r} (known: {', '.join(get_args(Scaling))})")
 
@@ -67,8 +62,7 @@ class CachePrior:
         return self.strength > 0 and self.scaling == "energy" and not config.normalise
 
     def __str__(self) -> str:
-        skip = f" skip={self.skip}" if self.skip else ""
-        return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}{skip}"
+        return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
 
 
 def raise_logits(options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -111,8 +105,7 @@ class CachePriorRouter:
 
     def __init__(self, router: Router, cache: HeldExperts, options: CachePrior) -> None:
         """Raises UsageError for options that cannot be."""
-        options.check(router.config.top_k, len(router.layers))
-        self._skipped = frozenset(sorted(router.layers)[: options.skip])
+        options.check(router.config.top_k)
         self.config, self.options = router.config, options
         self._biases = {layer: bias.cpu().numpy() for layer, bias in router.biases.items()}
         self._router, self._cache = router, cache
@@ -139,7 +132,7 @@ class CachePriorRouter:
 
     def route(self, layer: int, h: torch.Tensor) -> Routed:
         """As Router.route; only a single row may be routed away from the stock choice."""
-        if len(h) == 1 and self.options.strength > 0 and layer not in self._skipped:
+        if len(h) == 1 and self.options.strength > 0:
             return self._lean(layer, h)
         routed = self._router.route(layer, h)
         self._spread(layer, routed.logits.cpu().numpy())
@@ -149,8 +142,6 @@ class CachePriorRouter:
 
     def guess(self, layer: int, h: torch.Tensor) -> list[int]:
         """See Routing.guess: by the same rule, with what is in the cache now."""
-        if layer in self._skipped:
-            return self._router.guess(layer, h)
         rows = self._router.logits(layer, h).cpu().numpy()
         experts: list[int] = self._prefer(layer, rows, self._spreads[layer].mean).experts[0].tolist()
         return experts

@@ -50,7 +50,7 @@ def resolve(bundle: Bundle, options: EngineOptions, notes: list[str]) -> Resolve
             f"--prefetch {options.prefetch}: expected 0 to {bundle.config.router.top_k}, the experts of a token"
         )
     if options.prior is not None:
-        options.prior.check(bundle.config.router.top_k, len(bundle.config.moe_layers))
+        options.prior.check(bundle.config.router.top_k)
         notes.append(f"{options.prior}: what comes out depends on what is in the cache")
     context = _context(bundle, options, notes)
     backend, reason = backends.choose(options.backend, bundle, context)

@@ -17,7 +17,7 @@ from runtime.sampler import SamplingOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_CONTEXT = 4096
-PRIOR_NEEDS = "--prior-strength, --prior-top-j, --prior-scaling and --prior-skip need --routing cache-prior"
+PRIOR_NEEDS = "--prior-strength, --prior-top-j and --prior-scaling need --routing cache-prior"
 _MOST_THREADS = 1024  # with far more the library that is asked for them crashes
 
 
@@ -39,7 +39,6 @@ class EngineOptions:
     prior_strength: float = CachePrior.strength
     prior_top_j: int = CachePrior.top_j
     prior_scaling: Scaling = CachePrior.scaling
-    prior_skip: int = CachePrior.skip
     context: int | None = None  # tokens of the KV cache; default: the model's, at most DEFAULT_CONTEXT
     direct_io: bool = True
     read_threads: int = 8
@@ -80,7 +79,7 @@ class EngineOptions:
 
         Raises UsageError when they are.
         """
-        prior = CachePrior(self.prior_strength, self.prior_top_j, self.prior_scaling, self.prior_skip)
+        prior = CachePrior(self.prior_strength, self.prior_top_j, self.prior_scaling)
         if self.routing == "cache-prior":
             return prior
         if prior != CachePrior():

@@ -56,8 +56,6 @@ def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterat
         prior = CachePrior(strength, scaling="energy")
         yield Method("by energy", strength, prior=prior)
         yield Method("by energy, gate-aware cache", strength, prior=prior, policy="gate")
-        later = replace(prior, skip=1)
-        yield Method("by energy from the second layer, gate-aware cache", strength, prior=later, policy="gate")
     yield Method("CE only", 1.0, PRESETS["ce-only"])
     for strength in strengths.remoe:
         yield Method("ReMoE", strength, scaled(_PUBLISHED, strength))

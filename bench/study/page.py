@@ -16,7 +16,6 @@ TRAINING_FREE = {  # and what they are at strength 0
     "cache-prior, gate-aware cache": "gate-aware cache",
     "by energy": "stock",
     "by energy, gate-aware cache": "gate-aware cache",
-    "by energy from the second layer, gate-aware cache": "gate-aware cache",
 }
 PLOTTED = ("CE only", "ReMoE", "ReMoE without Trust", "miss loss, output anchor", *TRAINING_FREE)
 RULE = """Read off where a method costs as much as ReMoE does: its points, joined by straight lines in the order of

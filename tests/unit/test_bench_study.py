@@ -85,7 +85,6 @@ def test_every_method_is_named_once_and_tunes_something() -> None:
         "cache-prior, gate-aware cache": prior,
         "by energy": energy,
         "by energy, gate-aware cache": energy,
-        "by energy from the second layer, gate-aware cache": CachePrior(0.05, scaling="energy", skip=1),
     }
 
 

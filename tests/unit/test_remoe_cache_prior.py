@@ -115,18 +115,6 @@ def test_by_energy_weights_keep_the_sum_of_the_routers_choice(scoring: Any) -> N
         assert (weights[0, 0] / weights[0, 1]).item() == pytest.approx((scores[0, 0] / scores[0, 2]).item())
 
 
-def test_the_first_layers_may_keep_the_routers_own_choice() -> None:
-    gates = {f"layer_{layer:02d}.weight": torch.eye(4) for layer in (1, 3)}
-    shape = dataclasses.replace(config(RouterConfig(4, 2)), num_layers=4, moe_layers=(1, 3))
-    router = CachePriorRouter(Router(shape, gates, torch.device("cpu")), Cache(2), CachePrior(0.2, skip=1))
-    assert [router.route(layer, LOGITS).experts.tolist() for layer in (1, 3)] == [[[0, 1]], [[0, 2]]]
-    assert [router.guess(layer, LOGITS) for layer in (1, 3)] == [[0, 1], [0, 2]]
-    assert router.agreement == 0.75
-    for skip in (-1, 3):
-        with pytest.raises(UsageError, match=f"--prior-skip {skip}: expected 0 to 2, the layers with experts"):
-            CachePrior(skip=skip).check(top_k=2, layers=2)
-
-
 def test_prompts_are_routed_as_ever() -> None:
     stock = Router(config(RouterConfig(4, 2)), {"layer_00.weight": torch.eye(4)}, torch.device("cpu"))
     router = CachePriorRouter(stock, Cache(2, 3), CachePrior(5.0))

@@ -102,31 +102,27 @@ def test_agrees_when_a_prompt_takes_several_chunks(bundles: dict[str, Path], mon
 
 
 @pytest.mark.parametrize(
-    ("family", "scope", "scaling", "skip"),
+    ("family", "scope", "scaling"),
     [
-        ("olmoe", "layer", "mean", 1),
-        ("olmoe", "shared", "token", 0),
-        ("deepseek_v3", "shared", "mean", 1),
-        ("deepseek_v3", "layer", "energy", 0),
+        ("olmoe", "layer", "mean"),
+        ("olmoe", "shared", "token"),
+        ("deepseek_v3", "shared", "mean"),
+        ("deepseek_v3", "layer", "energy"),
     ],
 )
 def test_cache_prior_in_the_engine_and_from_its_own_logits(
-    bundles: dict[str, Path], family: str, scope: Any, scaling: Any, skip: int
+    bundles: dict[str, Path], family: str, scope: Any, scaling: Any
 ) -> None:
     """Replaying what a cache-prior engine chose gives its counts; routing its logits again gives its choice."""
-    prior = CachePrior(0.2, 1, scaling, skip)
-    rule: dict[str, Any] = {
-        "routing": "cache-prior",
-        "prior_strength": 0.2,
-        "prior_scaling": scaling,
-        "prior_skip": skip,
-    }
-    options = EngineOptions(slots_per_layer=5, scope=scope, dtype="fp32", **rule)
+    prior = CachePrior(0.2, 1, scaling)
+    options = EngineOptions(
+        slots_per_layer=5, scope=scope, dtype="fp32", routing="cache-prior", prior_strength=0.2, prior_scaling=scaling
+    )
     with Engine.open(bundles[family], options) as engine:
         trace, records = counted(engine, cold=True, logits=True)
         total = engine.slots.total
     slots: dict[str, Any] = {"slots_per_layer": 5} if scope == "layer" else {"shared_slots": total}
-    assert trace.info.routing == f"cache-prior strength=0.2 top_j=1 scaling={scaling}" + (" skip=1" if skip else "")
+    assert trace.info.routing == f"cache-prior strength=0.2 top_j=1 scaling={scaling}"
     assert_same(simulate(trace, Setting("lru", **slots)), trace, records)
     again = simulate(trace, Setting("lru", **slots, prior=prior))
     assert (again.experts == trace.experts).mean() > 0.98  # fp16 logits: a tie may fall the other way
