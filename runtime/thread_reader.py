@@ -45,15 +45,17 @@ class ThreadReader:
         chunks: list[tuple[int, int]],
         threads: int,
     ) -> None:
-        self._storage, self._checksums, self._chunks, self._threads = storage, checksums, chunks, threads
+        self._storage, self._checksums, self._chunks = storage, checksums, chunks
         self._jobs: queue.SimpleQueue[tuple[_State, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._states: dict[Load, _State] = {}  # of the loads on their way
         self._busy_since_ns = 0
         self._busy_ns = 0
         self._retries = 0
-        for number in range(threads):
-            threading.Thread(target=self._work, name=f"expert-reader-{number}", daemon=True).start()
+        names = (f"expert-reader-{number}" for number in range(threads))
+        self._workers = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for worker in self._workers:
+            worker.start()
 
     def start(self, load: Load) -> None:
         """See Reader.start."""
@@ -82,10 +84,16 @@ class ThreadReader:
             return self._busy_ns + running, self._retries
 
     def close(self, timeout_s: float) -> bool:
-        """See Reader.close; a slot that a thread still reads into is kept by that thread's view of it."""
-        for _ in range(self._threads):
+        """See Reader.close. A view keeps a slot's memory where that is Python's own; that of a GPU is freed by hand."""
+        until = time.monotonic() + timeout_s
+        with self._lock:
+            for state in self._states.values():
+                state.cancelled = True
+        for _ in self._workers:
             self._jobs.put(None)
-        return True
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        return not any(worker.is_alive() for worker in self._workers)
 
     def _begin(self, load: Load, retried: bool) -> None:
         """The lock is held."""

@@ -24,6 +24,7 @@ from runtime.loader import Loader
 from runtime.native import reader
 from runtime.reading import Load, cut
 from runtime.storage import ExpertStorage
+from runtime.thread_reader import ThreadReader
 from tests.kernels import LEVELS
 from tests.storages import FaultyStorage, MemoryStorage, make_cache
 
@@ -166,6 +167,20 @@ class HangingStorage(MemoryStorage):
             self.go.wait()
         self.reading.wait()
         return super().read(layer, expert, offset, view)
+
+
+def test_closing_pythons_reader_waits_for_a_read_that_ends() -> None:
+    """A guess may be on its way when an engine is closed, and on a GPU its slot is freed then."""
+    storage, slot = HangingStorage(), np.zeros(8192, np.uint8)
+    threads = ThreadReader(storage, storage.checksums(), cut(8192, 1), 1)
+    for expert in range(2):  # the second waits behind the first, and is not begun any more
+        threads.start(Load(0, expert, memoryview(slot), queue.SimpleQueue(), time.monotonic_ns()))
+    storage.reading.wait()
+    assert not threads.close(0.02)
+    threading.Timer(0.05, storage.go.set).start()
+    assert threads.close(30.0)
+    assert np.array_equal(slot, storage.blobs[0, 0])
+    assert threads.close(0.0), "the second close has nothing to wait for"
 
 
 def start_reading(storage: MemoryStorage) -> tuple[reader.CompiledReader, np.ndarray]:
