@@ -83,8 +83,12 @@ class Round:
     @property
     def read_bytes_per_s(self) -> float | None:
         """Rate while at least one blob was on its way; None when nothing was read."""
-        busy_s = sum(record.read_busy_ms for record in self.records) / 1000
-        return sum(record.bytes for record in self.records) / busy_s if busy_s else None
+        return _read_rate(self.records)
+
+    @property
+    def guessed_read_bytes_per_s(self) -> float | None:
+        """The same with guesses, wrong ones included."""
+        return _read_rate(self.guessed or [])
 
     @property
     def hit_rate(self) -> float:
@@ -104,6 +108,7 @@ class Setting:
     over_floor: float
     prefetch_tpot_s: float | None
     prefetch_over_floor: float | None
+    prefetch_read_share: float | None
     prefetched_share: float | None  # of the misses: guessed
     wasted_share: float | None  # of the bytes that were read with guesses: for wrong ones
     memory_floor_s: float
@@ -143,6 +148,7 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
 
     reads = [(r.read_bytes_per_s, r.read_bytes_per_s / r.raw_bytes_per_s) for r in rounds if r.read_bytes_per_s]
     times = [(t, t / r.floor_s) for r in rounds if (t := r.guessed_tpot_s)]
+    ahead = [rate / r.raw_bytes_per_s for r in rounds if (rate := r.guessed_read_bytes_per_s)]
     guessed = [record for r in rounds for record in r.guessed or ()]
     alone = [r.alone_bytes_per_s / r.raw_bytes_per_s for r in rounds if r.alone_bytes_per_s]
     parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
@@ -154,6 +160,7 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         over_floor=middle(lambda r: r.tpot_s / r.floor_s),
         prefetch_tpot_s=statistics.median(time for time, _ in times) if times else None,
         prefetch_over_floor=statistics.median(ratio for _, ratio in times) if times else None,
+        prefetch_read_share=statistics.median(ahead) if ahead else None,
         prefetched_share=_share(guessed, lambda r: r.prefetched, lambda r: sum(r.misses)),
         wasted_share=_share(guessed, lambda r: r.wasted_bytes, lambda r: r.bytes),
         memory_floor_s=middle(lambda r: r.memory_floor_s),
@@ -168,6 +175,11 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
 
 def _tpot_s(records: Sequence[TokenRecord]) -> float:
     return statistics.median(record.total_ms for record in records) / 1000
+
+
+def _read_rate(records: Sequence[TokenRecord]) -> float | None:
+    busy_s = sum(record.read_busy_ms for record in records) / 1000
+    return sum(record.bytes for record in records) / busy_s if busy_s else None
 
 
 def _share(
@@ -276,6 +288,8 @@ def _print_setting(s: Setting, experts: int) -> None:
         say(f"          {s.over_memory_floor:.2f} x active bytes / memory bandwidth (aim 1.3)")
     if s.read_bytes_per_s is not None and s.read_share is not None:
         say(f"  reads:  {s.read_bytes_per_s / GB:.2f} GB/s = {s.read_share:.0%} of the best raw rate (aim 90 %)")
+    if s.prefetch_read_share is not None:
+        say(f"          {s.prefetch_read_share:.0%} with guesses")
     if s.alone_share is not None:
         say(f"          {s.alone_share:.0%} while nothing is computed")
 

@@ -99,12 +99,14 @@ def test_shares_are_taken_within_a_round() -> None:
     assert (setting.tpot_s, setting.floor_s, setting.over_floor, setting.over_memory_floor) == (6.0, 4.0, 1.5, 3.0)
     assert (setting.prefetch_tpot_s, setting.prefetch_over_floor) == (4.8, 1.2)
     assert (setting.prefetched_share, setting.wasted_share) == (1.0, 0.1)
+    assert setting.prefetch_read_share == pytest.approx(0.9)
     assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
     assert setting.alone_share == pytest.approx(0.8)
     assert setting.hit_rate == 0.75
     assert setting.parts == COSTS
     alone = summarise(8, [dataclasses.replace(each, guessed=None) for each in rounds])
-    assert (alone.prefetch_tpot_s, alone.prefetched_share, alone.tpot_s) == (None, None, 6.0)
+    assert (alone.prefetch_tpot_s, alone.prefetch_read_share, alone.prefetched_share) == (None, None, None)
+    assert alone.tpot_s == 6.0
 
 
 def test_best_of_read_rates() -> None:
