@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
-from bench.disk import MIB, THREADS, blob_files, measure_reads
+from bench.disk import MIB, THREADS, ReadRates, blob_files, measure_reads
 from profiles.bandwidth import measure_bandwidth
 from profiles.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.random_model import decode_random, random_ids
@@ -38,7 +38,7 @@ from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
 _ALONE_BYTES = 512 * MIB
-_READ_BYTES, _READ_ROUNDS = 128 * MIB, 3  # the best of a dozen settings measured once each would be the luckiest one
+_READ_BYTES, _READ_ROUNDS = 128 * MIB, 2  # twice per round
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,21 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a cache size: the ceilings measured just before, and what was decoded then; `guessed`: the same
-    tokens with guesses, None without.
+    """One round of a cache size: what was decoded, and the ceilings measured around it; `guessed`: the same tokens with
+    guesses, None without.
     """
 
     records: list[TokenRecord]
     guessed: list[TokenRecord] | None
     costs: PartCosts
-    raw_bytes_per_s: float
-    alone_bytes_per_s: float | None  # the engine's reads while nothing is computed
-    memory_bytes_per_s: float
-    floor_s: float
+    slot_bytes: int
+    raw: ReadRates  # before and after
+    alone_bytes_per_s: float | None  # the engine's reads while nothing is computed, before and after
     memory_floor_s: float
+
+    def floor_s(self, raw_bytes_per_s: float) -> float:
+        """The schedule floor with a disk of this rate."""
+        return median_floor(self.costs, Disk(self.slot_bytes, raw_bytes_per_s), self.records)
 
     @property
     def tpot_s(self) -> float:
@@ -141,34 +144,43 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
 
 
 def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
-    """Medians over rounds."""
+    """Medians over rounds.
+
+    The best raw rate is that of one setting, the best by all rounds: the best of a dozen within a round would be the
+    luckiest one, by some 5 %.
+    """
+    best = ReadRates.joined([r.raw for r in rounds]).best_setting
+    raws = [r.raw.by_setting[best] for r in rounds]
+    floors = [r.floor_s(raw) for r, raw in zip(rounds, raws, strict=True)]
 
     def middle(value: Callable[[Round], float]) -> float:
         return statistics.median(value(r) for r in rounds)
 
-    reads = [(r.read_bytes_per_s, r.read_bytes_per_s / r.raw_bytes_per_s) for r in rounds if r.read_bytes_per_s]
-    times = [(t, t / r.floor_s) for r in rounds if (t := r.guessed_tpot_s)]
-    ahead = [rate / r.raw_bytes_per_s for r in rounds if (rate := r.guessed_read_bytes_per_s)]
+    def share(value: Callable[[Round], float | None], of: Sequence[float]) -> float | None:
+        found = [got / whole for r, whole in zip(rounds, of, strict=True) if (got := value(r))]
+        return statistics.median(found) if found else None
+
+    reads = [rate for r in rounds if (rate := r.read_bytes_per_s)]
+    times = [time for r in rounds if (time := r.guessed_tpot_s)]
     guessed = [record for r in rounds for record in r.guessed or ()]
-    alone = [r.alone_bytes_per_s / r.raw_bytes_per_s for r in rounds if r.alone_bytes_per_s]
     parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
     return Setting(
         slots_per_layer=slots,
         hit_rate=middle(lambda r: r.hit_rate),
         tpot_s=middle(lambda r: r.tpot_s),
-        floor_s=middle(lambda r: r.floor_s),
-        over_floor=middle(lambda r: r.tpot_s / r.floor_s),
-        prefetch_tpot_s=statistics.median(time for time, _ in times) if times else None,
-        prefetch_over_floor=statistics.median(ratio for _, ratio in times) if times else None,
-        prefetch_read_share=statistics.median(ahead) if ahead else None,
+        floor_s=statistics.median(floors),
+        over_floor=statistics.median(r.tpot_s / floor for r, floor in zip(rounds, floors, strict=True)),
+        prefetch_tpot_s=statistics.median(times) if times else None,
+        prefetch_over_floor=share(lambda r: r.guessed_tpot_s, floors),
+        prefetch_read_share=share(lambda r: r.guessed_read_bytes_per_s, raws),
         prefetched_share=_share(guessed, lambda r: r.prefetched, lambda r: sum(r.misses)),
         wasted_share=_share(guessed, lambda r: r.wasted_bytes, lambda r: r.bytes),
         memory_floor_s=middle(lambda r: r.memory_floor_s),
         over_memory_floor=middle(lambda r: r.tpot_s / r.memory_floor_s),
-        raw_bytes_per_s=middle(lambda r: r.raw_bytes_per_s),
-        read_bytes_per_s=statistics.median(rate for rate, _ in reads) if reads else None,
-        read_share=statistics.median(share for _, share in reads) if reads else None,
-        alone_share=statistics.median(alone) if alone else None,
+        raw_bytes_per_s=statistics.median(raws),
+        read_bytes_per_s=statistics.median(reads) if reads else None,
+        read_share=share(lambda r: r.read_bytes_per_s, raws),
+        alone_share=share(lambda r: r.alone_bytes_per_s, raws),
         parts=PartCosts(**parts),
     )
 
@@ -190,13 +202,17 @@ def _share(
 
 
 def _round(engine: Engine, guessing: Engine | None, parts: Parts, tokens: int, seed: int) -> Round:
-    raw = measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:]).best
-    alone = reads_alone(engine, seed)
+    def ceiling() -> ReadRates:
+        return measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:])
+
+    before, alone_before = ceiling(), reads_alone(engine, seed)
     memory, costs = measure_bandwidth().best, parts.measure()
     records = decode_random(engine, tokens, seed)
     guessed = None if guessing is None else decode_random(guessing, tokens, seed)
-    floor = median_floor(costs, Disk(engine.slot_bytes, raw), records)
-    return Round(records, guessed, costs, raw, alone, memory, floor, active_bytes(engine.config) / memory)
+    alone_after, after = reads_alone(engine, seed), ceiling()
+    alone = (alone_before + alone_after) / 2 if alone_before and alone_after else None
+    raw = ReadRates.joined([before, after])
+    return Round(records, guessed, costs, engine.slot_bytes, raw, alone, active_bytes(engine.config) / memory)
 
 
 def reads_alone(engine: Engine, seed: int) -> float | None:

@@ -26,11 +26,26 @@ THREADS = (1, 2, 4, 8)
 _WRITE_BLOCK = 8 * MIB
 
 
+Setting = tuple[int | None, int]  # block bytes (None: whole files), threads
+
+
 @dataclass(frozen=True)
 class ReadRates:
-    """Median rates in bytes/s by (block bytes or None, threads)."""
+    """What was read with each setting, bytes/s."""
 
-    by_setting: dict[tuple[int | None, int], float]
+    readings: dict[Setting, list[float]]
+
+    @classmethod
+    def joined(cls, parts: Sequence[ReadRates]) -> ReadRates:
+        """All readings of the same settings."""
+        return cls(
+            {setting: [rate for part in parts for rate in part.readings[setting]] for setting in parts[0].readings}
+        )
+
+    @property
+    def by_setting(self) -> dict[Setting, float]:
+        """Medians."""
+        return {setting: statistics.median(rates) for setting, rates in self.readings.items()}
 
     @property
     def best(self) -> float:
@@ -38,13 +53,10 @@ class ReadRates:
         return max(self.by_setting.values())
 
     @property
-    def best_setting(self) -> tuple[int | None, int]:
-        """Block bytes (None: whole files) and threads of the best setting."""
-        return max(self.by_setting, key=self.by_setting.__getitem__)
-
-    def best_for_block(self, block: int | None) -> float:
-        """Best rate over the numbers of threads for one block size."""
-        return max(rate for (size, _), rate in self.by_setting.items() if size == block)
+    def best_setting(self) -> Setting:
+        """The one with the highest median."""
+        medians = self.by_setting
+        return max(medians, key=medians.__getitem__)
 
 
 def measure_reads(
@@ -66,7 +78,7 @@ def measure_reads(
         )
     finally:
         reader.close()
-    return ReadRates({settings[name]: statistics.median(rates) for name, rates in results.items()})
+    return ReadRates({settings[name]: rates for name, rates in results.items()})
 
 
 def measure_write(folder: Path, total_bytes: int = 1024 * MIB) -> float:

@@ -87,30 +87,36 @@ def test_active_bytes_by_hand() -> None:
 
 
 def test_shares_are_taken_within_a_round() -> None:
-    """The machine is twice as slow in the second round: TPOT is 1.5 x the floor in both."""
+    """The machine is twice as slow after the first round: TPOT is 1.5 x the floor in all."""
     rounds = []
     for slower in (1.0, 2.0, 2.0):
-        fields = {"total_ms": 3000.0 * slower, "bytes": 900, "read_busy_ms": 1000.0 * slower}
-        token = dataclasses.replace(record([3], [1]), **fields)  # type: ignore[arg-type]
-        floors = {"floor_s": 2.0 * slower, "memory_floor_s": slower}
-        guessed = dataclasses.replace(token, total_ms=2400.0 * slower, prefetched=1, wasted_bytes=90)
-        rounds.append(Round([token], [guessed], COSTS, 1000.0 / slower, 800.0 / slower, 1.0, **floors))
+        costs = PartCosts(*(slower * cost for cost in dataclasses.astuple(COSTS)))
+        lucky = 3000.0 if slower == 1 else 1.0  # the best of one round, not of all
+        raw = ReadRates({(MIB, 4): [1000.0 / slower], (None, 4): [lucky]})
+        token = dataclasses.replace(record([3], [1]), bytes=900, read_busy_ms=1000.0 * slower)
+        round_ = Round([token], None, costs, 1000, raw, 800.0 / slower, 3.0 * slower)
+        floor_ms = 1000 * round_.floor_s(1000.0 / slower)
+        token = dataclasses.replace(token, total_ms=1.5 * floor_ms)
+        guessed = dataclasses.replace(token, total_ms=1.2 * floor_ms, prefetched=1, wasted_bytes=90)
+        rounds.append(dataclasses.replace(round_, records=[token], guessed=[guessed]))
     setting = summarise(8, rounds)
-    assert (setting.tpot_s, setting.floor_s, setting.over_floor, setting.over_memory_floor) == (6.0, 4.0, 1.5, 3.0)
-    assert (setting.prefetch_tpot_s, setting.prefetch_over_floor) == (4.8, 1.2)
+    assert (setting.floor_s, setting.tpot_s, setting.prefetch_tpot_s) == (15.0, 22.5, pytest.approx(18.0))
+    assert (setting.over_floor, setting.over_memory_floor) == (1.5, 3.75)
+    assert setting.prefetch_over_floor == pytest.approx(1.2)
     assert (setting.prefetched_share, setting.wasted_share) == (1.0, 0.1)
     assert setting.prefetch_read_share == pytest.approx(0.9)
     assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
     assert setting.alone_share == pytest.approx(0.8)
     assert setting.hit_rate == 0.75
-    assert setting.parts == COSTS
+    assert setting.parts.head_s == 10.0
     alone = summarise(8, [dataclasses.replace(each, guessed=None) for each in rounds])
     assert (alone.prefetch_tpot_s, alone.prefetch_read_share, alone.prefetched_share) == (None, None, None)
-    assert alone.tpot_s == 6.0
+    assert alone.tpot_s == 22.5
 
 
 def test_best_of_read_rates() -> None:
-    rates = ReadRates({(MIB, 1): 1.0, (MIB, 4): 3.0, (None, 1): 2.0})
+    parts = [ReadRates({(MIB, 1): [1.0], (MIB, 4): [fast], (None, 1): [2.0]}) for fast in (3.0, 9.0, 1.0)]
+    rates = ReadRates.joined(parts)
     assert (rates.best, rates.best_setting) == (3.0, (MIB, 4))
 
 
