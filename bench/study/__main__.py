@@ -199,12 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", choices=sorted(STUDIES), required=True, help="its settings")
     parser.add_argument("--seeds", type=int, default=3, help="of the methods that decide (default: 3)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
+    parser.add_argument("--slots", type=int, nargs="+", metavar="C", help="cache sizes (default: those of the study)")
+    parser.add_argument("--test-tokens", type=int, metavar="N", help="of each set of texts (default: the study's)")
     parser.add_argument("--out", type=Path, required=True, help="folder for points, routers, table and plot")
     parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the packages")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        runner = Runner(options.checkpoint, STUDIES[options.study], options.download, options.out)
+        study = STUDIES[options.study]
+        slots, tokens = tuple(options.slots or study.slots), options.test_tokens or study.test_tokens
+        study = replace(study, slots=slots, test_tokens=tokens)
+        runner = Runner(options.checkpoint, study, options.download, options.out)
         points = run_study(runner, options.seeds, options.out, options.only)
         write_page(points, runner.config.router.top_k, options.out)
     except EdgeError as error:

@@ -24,9 +24,14 @@ _ROWS = 8  # sequences at once: choosing with a prior goes token by token, whate
 
 @dataclass(frozen=True)
 class Quality:
-    """Against the stock router on the same tokens: `kl` in nats per token, `agreement` of the best next word; `eor`."""
+    """Against the stock router on the same tokens: `kl` in nats per token, `agreement` of the best next word; `eor`.
+
+    `perplexity_error` is the standard error of perplexity / stock's, sequences being drawn at random: what the change
+    of perplexity is known to.
+    """
 
     perplexity: float
+    perplexity_error: float
     kl: float
     agreement: float
     eor: float
@@ -57,6 +62,7 @@ class Bench:
     def __init__(self, gates: Gates, text: Sequences, slots: tuple[int, ...]) -> None:
         self.gates, self.text, self.slots = gates, text, slots
         self._teacher = Teacher()
+        self._stock_ce: dict[int, float] = {}  # by sequence
 
     def measure(self, tensors: Tensors, prior: CachePrior | None = None, policy: Policy = "lru") -> Measured:
         """A router at every number of slots, which changes the routing itself where a prior is active."""
@@ -74,7 +80,7 @@ class Bench:
     def _run(self, prior: Prior | None) -> tuple[Quality, list[Chosen]]:
         """Quality, and what was chosen, per batch."""
         head = self.gates.model.get_output_embeddings().weight
-        sums, chosen, overlaps = torch.zeros(4, dtype=torch.float64), [], []
+        sums, chosen, overlaps = [], [], []
         with self.gates.installed(), torch.no_grad():
             for start in range(0, len(self.text), _ROWS):
                 rows = list(range(start, min(start + _ROWS, len(self.text))))
@@ -83,16 +89,23 @@ class Bench:
                 with self.gates.recorded(tape):
                     hidden = last_hidden(self.gates.model, given)
                 taught = self._teacher.hidden(self.gates, self.text, rows, given)
-                found = head_losses(hidden, head, given.targets.flatten(), taught, 1.0, 1.0)
-                count = int((given.targets != IGNORED).sum())
-                sums += torch.tensor([found.ce, found.kl, found.agreement, 1.0], dtype=torch.float64) * count
+                for row, ours, theirs, targets in zip(
+                    rows, *(x.reshape(len(rows), -1, x.shape[-1]) for x in (hidden, taught)), given.targets, strict=True
+                ):
+                    if row not in self._stock_ce:
+                        self._stock_ce[row] = head_losses(theirs, head, targets, None, 1.0, 0.0).ce
+                    found, count = head_losses(ours, head, targets, theirs, 1.0, 1.0), int((targets != IGNORED).sum())
+                    losses = (found.ce, found.kl, found.agreement, 1.0, found.ce - self._stock_ce[row])
+                    sums.append(torch.tensor(losses, dtype=torch.float64) * count)
                 experts = torch.stack(tape.experts)
                 mask = as_mask(experts, self.gates.config.router.num_experts)
                 overlaps.append(float(expert_overlap(mask, tape.segments).mean()) * len(rows))
                 chosen.append(Chosen(experts, torch.stack(tape.logits), tape.segments))
             self.gates.forget()
-        ce, kl, agreement = (sums[:3] / sums[3]).tolist()
-        return Quality(math.exp(ce), kl, agreement, sum(overlaps) / len(self.text)), chosen
+        each = torch.stack(sums)
+        ce, kl, agreement, _, more = (each.sum(0) / each[:, 3].sum()).tolist()
+        error = mean_error(each[:, 4], each[:, 3]) * math.exp(more)
+        return Quality(math.exp(ce), error, kl, agreement, sum(overlaps) / len(self.text)), chosen
 
     def _misses(self, chosen: list[Chosen], slots: int, policy: Policy) -> float:
         return sum(self._missed(part, slots, policy) for part in chosen) / self._steps(chosen)
@@ -116,6 +129,12 @@ class Bench:
     @staticmethod
     def _steps(chosen: list[Chosen]) -> int:
         return sum(part.experts.shape[0] * part.experts.shape[1] for part in chosen)
+
+
+def mean_error(sums: torch.Tensor, counts: torch.Tensor) -> float:
+    """Standard error of sum / count over all, from the sums and counts [R] of parts drawn at random."""
+    left = sums - sums.sum() / counts.sum() * counts
+    return float(left.norm() / counts.sum())
 
 
 def _documents(layer: torch.Tensor, segments: torch.Tensor) -> list[Any]:

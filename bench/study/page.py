@@ -33,6 +33,7 @@ class Row:
     slots: int
     seeds: int
     perplexity: float
+    perplexity_error: float  # of a single seed's, as a share
     kl: float
     agreement: float
     eor: float
@@ -63,6 +64,7 @@ def _row(method: str, strength: float, slots: int, group: list[dict[str, Any]]) 
         slots=slots,
         seeds=len(group),
         perplexity=mean(q["perplexity"] for q in quality),
+        perplexity_error=mean(q["perplexity_error"] for q in quality),
         kl=mean(q["kl"] for q in quality),
         agreement=mean(q["agreement"] for q in quality),
         eor=mean(q["eor"] for q in quality),
@@ -175,7 +177,7 @@ def _table(found: list[Row], slots: int, top_k: int) -> str:
         cells = [
             row.method,
             f"{row.strength:g}",
-            f"{row.perplexity:.2f} ({_percent(row.perplexity, stock.perplexity)})",
+            f"{row.perplexity:.2f} ({_change(row, stock)})",
             f"{row.kl:.4f}",
             f"{row.agreement:.1%}",
             f"{row.eor:.3f} ({_percent(row.eor, stock.eor)})",
@@ -189,6 +191,12 @@ def _table(found: list[Row], slots: int, top_k: int) -> str:
 
 def _percent(value: float, base: float) -> str:
     return f"{value / base - 1:+.1%}"
+
+
+def _change(row: Row, stock: Row) -> str:
+    """Of perplexity, with its standard error."""
+    change = 100 * (row.perplexity / stock.perplexity - 1)
+    return f"{change:+.2f} ± {100 * row.perplexity_error:.2f}%" if row.perplexity_error else f"{change:+.1f}%"
 
 
 def _share(row: Row) -> str:

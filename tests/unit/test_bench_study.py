@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.study.measure import Bench
+from bench.study.measure import Bench, mean_error
 from bench.study.methods import Strengths, methods
 from bench.study.page import Row, fewest_misses, rows, write_page
 from export.families import parse_config
@@ -39,6 +39,7 @@ def test_stock_router(bench: Bench, text: Sequences) -> None:
     found = bench.measure(bench.gates.tensors(stock=True))
     assert found.quality[2].kl == pytest.approx(0.0, abs=1e-9)
     assert found.quality[2].agreement == 1.0
+    assert found.quality[2].perplexity_error == pytest.approx(0.0, abs=1e-6)
     assert found.misses[2] > found.misses[4] > found.misses[8]
     assert all(found.optimum[c] <= found.misses[c] + 1e-12 for c in SLOTS)
     documents = int(sum(len(row.unique()) for row in text.segments))
@@ -54,7 +55,15 @@ def test_cache_prior_reads_less_and_changes_the_output(bench: Bench) -> None:
     for slots in (2, 4):
         assert prior.misses[slots] < 0.9 * stock.misses[slots]
         assert prior.quality[slots].kl > 0
+        assert 0 < prior.quality[slots].perplexity_error < prior.quality[slots].perplexity / stock.quality[2].perplexity
     assert prior.quality[2] != prior.quality[4]  # the routing depends on what is cached
+
+
+def test_the_error_of_a_mean_is_that_of_its_parts() -> None:
+    counts, generator = torch.full((4000,), 5.0), torch.Generator().manual_seed(1)
+    sums = 2 * torch.randn(4000, generator=generator) + 3
+    assert mean_error(sums, counts) == pytest.approx(2 / 5 / 4000**0.5, rel=0.05)
+    assert mean_error(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0])) == 0  # the same mean in both
 
 
 def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> None:
@@ -91,7 +100,7 @@ def test_every_method_is_named_once_and_tunes_something() -> None:
 def _point(
     method: str, perplexity: float, missed: float, seed: int = 0, tuned_for: int = 0, eor: float = 0.3
 ) -> dict[str, Any]:
-    quality = {"perplexity": perplexity, "kl": 0.01, "agreement": 0.9, "eor": eor}
+    quality = {"perplexity": perplexity, "perplexity_error": 0.01, "kl": 0.01, "agreement": 0.9, "eor": eor}
     return {
         "method": method,
         "strength": 1.0,
@@ -118,7 +127,7 @@ def test_rows_average_seeds_and_take_the_router_tuned_for_the_nearest_size() -> 
 
 
 def _row(strength: float, perplexity: float, missed: float) -> Row:
-    return Row("m", strength, 4, 1, perplexity, 0.01, 0.9, 0.3, missed, 0.0, missed, missed)
+    return Row("m", strength, 4, 1, perplexity, 0.0, 0.01, 0.9, 0.3, missed, 0.0, missed, missed)
 
 
 def test_reading_off_by_hand() -> None:
