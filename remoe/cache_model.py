@@ -72,7 +72,7 @@ def choose_with_prior(
         chosen = np.empty((len(rows), config.top_k), dtype=np.int64)
         for turn in turns:
             held = cache.held(documents[turn])
-            biased = np.where(held | liked[turn], raised[turn], rows[turn])
+            biased = np.where(_counting(prior, config, held) | liked[turn], raised[turn], rows[turn])
             if plain:
                 chosen[turn] = np.argsort(-biased, axis=-1, kind="stable")[:, : config.top_k]
             else:
@@ -98,7 +98,14 @@ def biased_logits(
 ) -> Tensor:
     """What the choice with a prior goes by, with a gradient: logits [N, E] of one layer, `held` [N, E] in its cache."""
     raised = raise_logits(prior.options, config, logits, _spreads(logits.detach(), segments))
-    return torch.where(held | _liked(config, logits, bias, prior), raised, logits)
+    return torch.where(_counting(prior, config, held) | _liked(config, logits, bias, prior), raised, logits)
+
+
+def _counting(prior: Prior, config: RouterConfig, held: Any) -> Any:
+    """Of the experts held [..., E] those that are preferred: by one of the rules none before the cache is full."""
+    if not prior.options.fills_first:
+        return held
+    return held & (held.sum(-1) >= min(prior.slots, config.num_experts))[..., None]
 
 
 def _contents(policy: str, documents: int, config: RouterConfig, slots: int) -> _Recency | _ByDemand:

@@ -135,6 +135,10 @@ class PooledCache:
         held[list(self._pools[self._place[layer]].resident)] = True
         return held
 
+    def full(self, layer: int) -> bool:
+        """As ExpertCache.full."""
+        return self._pools[self._place[layer]].full
+
     def request(self, layer: int, routed: Routed) -> None:
         """The layer needs the experts of one token."""
         place, experts = self._place[layer], routed.experts.cpu().numpy()

@@ -19,6 +19,11 @@ class Slots(Protocol):
 
     resident: set[int]
 
+    @property
+    def full(self) -> bool:
+        """Whether the next key takes the place of another."""
+        ...
+
     def request(self, keys: Sequence[int]) -> int:
         """Distinct keys that are needed together; returns how many were not there."""
         ...
@@ -34,6 +39,10 @@ class PolicyPool:
     def __init__(self, slots: int, policy: Policy) -> None:
         self.resident: set[int] = set()
         self._slots, self._policy = slots, policy
+
+    @property
+    def full(self) -> bool:
+        return len(self.resident) == self._slots
 
     def request(self, keys: Sequence[int]) -> int:
         resident, touch = self.resident, self._policy.touch
@@ -79,6 +88,10 @@ class OptimalPool:
         for time, keys in enumerate(requests):
             for key in keys:
                 self._uses.setdefault(key, deque()).append(time)
+
+    @property
+    def full(self) -> bool:
+        return len(self.resident) == self._slots
 
     def request(self, keys: Sequence[int]) -> int:
         resident, coming = self.resident, self._next

@@ -58,8 +58,8 @@ class PriorChooser:
         spread = self._spread.update(logits, together=False)
         for group in self._groups:
             bias = None if self._bias is None else self._bias[group]
-            cached = self._cached(pools, group)
-            found = prefer_cached(self._options, self._rules, logits[group], bias, cached, spread[group])
+            cached, full = self._cached(pools, group), np.array([[pool.full] for pool in pools[group]])
+            found = prefer_cached(self._options, self._rules, logits[group], bias, cached, full, spread[group])
             self._same += int((found.experts[:, :, None] == found.stock[:, None, :]).sum())
             self._asked += found.experts.size
             self.experts[row, group] = found.experts

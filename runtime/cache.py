@@ -60,6 +60,11 @@ class Pool:
         self._free = list(reversed(slots))
         self._policy = policy
 
+    @property
+    def full(self) -> bool:
+        """Whether the next key takes the place of another."""
+        return not self._free
+
     def pin(self, key: Key) -> int:
         """Keep a resident, count the use, and give its slot."""
         self.pinned.add(key)
@@ -216,6 +221,10 @@ class ExpertCache:
     def held(self, layer: int) -> Array:
         """Which experts of a layer are in the cache now: bool [E], not to be changed."""
         return self._held[layer]
+
+    def full(self, layer: int) -> bool:
+        """Whether no slot is free that a layer's expert could be read into."""
+        return self._pools[layer].full
 
     def check_integrity(self) -> None:
         """Check the equation in every pool; for tests and after faults."""

@@ -13,7 +13,8 @@ takes z_(1) - z_(K) of this token for D. "energy" is ours: with w_e = s_e / (sum
 Outputs of experts are nearly orthogonal, so to leave out an expert of weight w changes a token's output by about w. Two
 logits are as far apart at the top, where the weights are large, as at the bottom, where they hardly matter; squares of
 weights are not. Where the model does not divide weights by their sum they keep the sum of the router's own choice, so
-that a layer adds no less than it would. docs/results/router-tuning.md compares the three.
+that a layer adds no less than it would. And nothing is preferred before the layer's cache is full: what is read into a
+free slot sends nobody away, and stays. docs/results/router-tuning.md compares the three.
 
 With strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once
 anyway.
@@ -61,6 +62,11 @@ class CachePrior:
         """Whether weights are scaled to the sum of the router's own."""
         return self.strength > 0 and self.scaling == "energy" and not config.normalise
 
+    @property
+    def fills_first(self) -> bool:
+        """Whether a cache with a free slot is of no account."""
+        return self.scaling == "energy"
+
     def __str__(self) -> str:
         return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
 
@@ -97,6 +103,10 @@ class HeldExperts(Protocol):
 
     def held(self, layer: int) -> Array:
         """Which experts of a layer are in it: bool [E]."""
+        ...
+
+    def full(self, layer: int) -> bool:
+        """Whether what the layer misses next can only be read in another expert's place."""
         ...
 
 
@@ -148,8 +158,8 @@ class CachePriorRouter:
 
     def _prefer(self, layer: int, rows: Array, spread: Array) -> Preferred:
         """Logits [1, E] to experts."""
-        held = self._cache.held(layer)[None]
-        return prefer_cached(self.options, self.config, rows, self._biases.get(layer), held, spread)
+        held, full = self._cache.held(layer)[None], np.array([[self._cache.full(layer)]])
+        return prefer_cached(self.options, self.config, rows, self._biases.get(layer), held, full, spread)
 
     def _lean(self, layer: int, h: torch.Tensor) -> Routed:
         logits = self._router.logits(layer, h)

@@ -44,15 +44,21 @@ class Spread:
 
 
 def prefer_cached(
-    options: CachePrior, rules: RouterConfig, logits: Array, bias: Array | None, cached: Array, spread: Array
+    options: CachePrior,
+    rules: RouterConfig,
+    logits: Array,
+    bias: Array | None,
+    cached: Array,
+    full: Array,
+    spread: Array,
 ) -> Preferred:
     """Rows that each have a cache of their own: logits fp32 [S, E], choice bias [E] or [S, E], what is in the row's
-    cache bool [S, E], its mean spread [S, 1].
+    cache bool [S, E] and whether that is full [S, 1], its mean spread [S, 1].
     """
     wide = logits.astype(np.float64)
     scores = _scores(rules, wide)
     stock = _choose(rules, scores, bias)
-    preferred = cached.copy()
+    preferred = cached & full if options.fills_first else cached.copy()
     preferred[_rows(stock), stock[:, : options.top_j]] = True
     leaning = _lean(options, rules, wide, scores, preferred, spread)
     return Preferred(_choose(rules, leaning, bias), stock, scores)

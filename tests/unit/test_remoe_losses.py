@@ -286,7 +286,8 @@ def test_the_prior_is_the_engines_rule(router: RouterConfig, scaling: str) -> No
         policy, resident, spread = LRU(), set(), Spread()
         for t in document:
             cached, row = np.array([[e in resident for e in range(6)]]), z[t : t + 1].numpy()
-            experts, _, _ = prefer_cached(options, router, row, bias_row, cached, spread.update(row))
+            full = np.array([[len(resident) == 3]])
+            experts, _, _ = prefer_cached(options, router, row, bias_row, cached, full, spread.update(row))
             wanted.append(experts[0].tolist())
             _use(policy, resident, wanted[-1], 3)
     assert choose_with_prior(router, z, bias, SEGMENTS, Prior(options, 3)).tolist() == wanted
@@ -299,7 +300,7 @@ def test_contents_by_demand_are_the_simulators(scoring: str) -> None:
     router = RouterConfig(6, 2, scoring=scoring)  # type: ignore[arg-type]
     z = logits(3, 1)[0].float()
     experts = choose(router, z, None)
-    wanted, prior, with_prior = [], CachePrior(0.5), []
+    wanted, prior, with_prior = [], CachePrior(0.1, scaling="energy"), []
     for document in DOCUMENTS:
         pools = []
         for _ in range(2):
@@ -310,7 +311,8 @@ def test_contents_by_demand_are_the_simulators(scoring: str) -> None:
             row = z[t : t + 1].numpy()
             wanted.append([e in pools[0][1].resident for e in range(6)])
             cached = np.array([[e in pools[1][1].resident for e in range(6)]])
-            leaning = prefer_cached(prior, router, row, None, cached, spread.update(row)).experts
+            full = np.array([[pools[1][1].full]])
+            leaning = prefer_cached(prior, router, row, None, cached, full, spread.update(row)).experts
             with_prior.append(leaning[0].tolist())
             for (demand, pool), chosen in zip(pools, (experts[t : t + 1].numpy(), leaning), strict=True):
                 demand.see(0, row, chosen)
