@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from runtime.bundle import Bundle
 from runtime.cache import ExpertCache
 from runtime.cuda.arena import CudaArena
 from runtime.cuda.device import Device
-from runtime.engine import Engine, EngineOptions, GenerateOptions
+from runtime.engine import Engine, EngineOptions, GenerateOptions, Token
 from runtime.errors import UsageError
 from runtime.loader import Loader
 from runtime.storage import read_file
@@ -93,6 +94,25 @@ def slot_overwrites(settings: Settings, gpu: Device) -> Result:
     return {"ok": wrong == 0 and control > 0, "kernels": guarded, "wrong": wrong, "wrong_without_events": control}
 
 
+def prefetch_parity(settings: Settings, gpu: Device) -> Result:
+    """Reads on a guess change neither the tokens nor what hits; time per token of both is told. Some must have been
+    right, or it shows nothing.
+    """
+    plain, guessed = (_in_a_small_cache(settings, prefetch) for prefetch in (0, 1))
+    same = [(token.id, token.record.hits) for token in plain] == [(token.id, token.record.hits) for token in guessed]
+    right = sum(token.record.prefetched for token in guessed)
+    misses = sum(sum(token.record.misses) for token in guessed[1:])
+    plain_ms, guessed_ms = (statistics.median(token.record.total_ms for token in run[1:]) for run in (plain, guessed))
+    return {
+        "ok": same and right > 0,
+        "same": same,
+        "prefetched": right,
+        "misses": misses,
+        "plain_tpot_ms": plain_ms,
+        "prefetch_tpot_ms": guessed_ms,
+    }
+
+
 def read_rates(settings: Settings, gpu: Device) -> Result:
     """How fast the GPU reads its own memory and page-locked memory of the machine, bytes per second."""
     rates = {}
@@ -164,6 +184,7 @@ CHECKS: dict[str, Callable[[Settings, Device], Result]] = {
     "parity": parity,
     "arena_reads": arena_reads,
     "slot_overwrites": slot_overwrites,
+    "prefetch_parity": prefetch_parity,
     "tensorrt_parity": tensorrt_parity,
     "graphs_parity": graphs_parity,
     "read_rates": read_rates,
@@ -185,6 +206,16 @@ def _tokens(settings: Settings, graphs: bool) -> list[int]:
     with Engine.open(settings.bundle, options) as engine:
         prompt = _prompt(engine.config.vocab_size)
         return [token.id for token in engine.generate(prompt, GenerateOptions(settings.tokens, ignore_eos=True))]
+
+
+def _in_a_small_cache(settings: Settings, prefetch: int) -> list[Token]:
+    """Greedy tokens from a cold cache for two tokens' experts per layer."""
+    rules = Bundle.open(settings.bundle).config.router
+    slots = min(2 * rules.top_k, rules.num_experts - 1)
+    options = EngineOptions(backend="cuda", slots_per_layer=slots, context=settings.context, prefetch=prefetch)
+    with Engine.open(settings.bundle, options) as engine:
+        prompt = _prompt(engine.config.vocab_size)
+        return list(engine.generate(prompt, GenerateOptions(settings.tokens, ignore_eos=True)))
 
 
 def _prompt(vocabulary: int) -> list[int]:

@@ -77,6 +77,7 @@ def test_the_checks_themselves_on_a_fake_gpu(tmp_path: Path, monkeypatch: pytest
         "parity": "pass",
         "arena_reads": "pass",
         "slot_overwrites": "fail",
+        "prefetch_parity": "pass",
         "tensorrt_parity": "not run",
         "graphs_parity": "not run",
         "read_rates": "pass",
@@ -91,3 +92,4 @@ def test_the_checks_themselves_on_a_fake_gpu(tmp_path: Path, monkeypatch: pytest
     assert (checks["slot_overwrites"]["kernels"], checks["slot_overwrites"]["wrong"]) == (100, 0)
     assert checks["slot_overwrites"]["wrong_without_events"] == 0
     assert checks["decode_cuda"]["over_floor"] > 1
+    assert checks["prefetch_parity"]["misses"] >= checks["prefetch_parity"]["prefetched"] > 0
