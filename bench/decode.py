@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
-_ALONE_BYTES = 512 * MIB
 _READ_BYTES, _READ_ROUNDS = 128 * MIB, 2  # twice per round
+_ALONE_BYTES, _ALONE_ROUNDS = 256 * MIB, 8  # a disk's rate moves by some 10 % from one reading to the next
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Round:
     costs: PartCosts
     slot_bytes: int
     raw: ReadRates  # before and after
-    alone_bytes_per_s: float | None  # the engine's reads while nothing is computed, before and after
     memory_floor_s: float
 
     def floor_s(self, raw_bytes_per_s: float) -> float:
@@ -139,11 +137,12 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
         elif options.prefetch:
             guesses = dataclasses.replace(plain, prefetch=options.prefetch)
             guessing = held.enter_context(Engine.open(bundle.path, guesses))
+        alone = alone_share(engine)
         rounds = [_round(engine, guessing, parts, options.tokens, seed) for seed in range(options.rounds)]
-        return summarise(slots, rounds)
+        return summarise(slots, alone, rounds)
 
 
-def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
+def summarise(slots: int, alone_share: float | None, rounds: Sequence[Round]) -> Setting:
     """Medians over rounds.
 
     The best raw rate is that of one setting, the best by all rounds: the best of a dozen within a round would be the
@@ -180,7 +179,7 @@ def summarise(slots: int, rounds: Sequence[Round]) -> Setting:
         raw_bytes_per_s=statistics.median(raws),
         read_bytes_per_s=statistics.median(reads) if reads else None,
         read_share=share(lambda r: r.read_bytes_per_s, raws),
-        alone_share=share(lambda r: r.alone_bytes_per_s, raws),
+        alone_share=alone_share,
         parts=PartCosts(**parts),
     )
 
@@ -205,36 +204,45 @@ def _round(engine: Engine, guessing: Engine | None, parts: Parts, tokens: int, s
     def ceiling() -> ReadRates:
         return measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:])
 
-    before, alone_before = ceiling(), reads_alone(engine, seed)
+    before = ceiling()
     memory, costs = measure_bandwidth().best, parts.measure()
     records = decode_random(engine, tokens, seed)
     guessed = None if guessing is None else decode_random(guessing, tokens, seed)
-    alone_after, after = reads_alone(engine, seed), ceiling()
-    alone = (alone_before + alone_after) / 2 if alone_before and alone_after else None
-    raw = ReadRates.joined([before, after])
-    return Round(records, guessed, costs, engine.slot_bytes, raw, alone, active_bytes(engine.config) / memory)
+    raw = ReadRates.joined([before, ceiling()])
+    return Round(records, guessed, costs, engine.slot_bytes, raw, active_bytes(engine.config) / memory)
 
 
-def reads_alone(engine: Engine, seed: int) -> float | None:
-    """Bytes per second of requests for as many missing experts as a layer can miss, one after the other, checked and in
-    their slots; None where every expert is in the cache.
+def alone_share(engine: Engine) -> float | None:
+    """Rate of the engine's reads over the best raw one, in turn, while nothing is computed; None where a layer misses
+    fewer experts than a token takes.
     """
-    cache, top_k, rng = engine.decoder.cache, engine.config.router.top_k, np.random.default_rng(seed)
-    read_bytes, seconds = 0, 0.0
+    rules, cache = engine.config.router, engine.decoder.cache
+    if min(int((~cache.held(layer)).sum()) for layer in engine.config.moe_layers) < rules.top_k:
+        return None
+    chooser, files, raw, own = np.random.default_rng(0), blob_files(engine.bundle.path), [], []
+    for _ in range(_ALONE_ROUNDS):
+        raw.append(measure_reads(files, _ALONE_BYTES, 1, THREADS[1:]))
+        own.append(_read_misses(engine, chooser))
+    return statistics.median(own) / ReadRates.joined(raw).best
+
+
+def _read_misses(engine: Engine, chooser: np.random.Generator) -> float:
+    """Bytes per second of requests for as many missing experts as a token can miss in a layer, one after the other,
+    checked and in their slots: while a blob is on its way, as records tell it.
+    """
+    cache, read_bytes, busy_ns = engine.decoder.cache, 0, 0
     while read_bytes < _ALONE_BYTES:
-        layer = int(rng.choice(engine.config.moe_layers))
+        layer = int(chooser.choice(engine.config.moe_layers))
         missing = np.flatnonzero(~cache.held(layer))
-        if len(missing) < top_k:
-            return None
-        wanted = rng.choice(missing, top_k, replace=False).tolist()
-        begin = time.perf_counter()
+        wanted = chooser.choice(missing, engine.config.router.top_k, replace=False).tolist()
         with cache.fetch(layer, wanted) as request:
+            busy_ns -= request.loader.busy_ns()
             for _ in request:
                 pass
-        seconds += time.perf_counter() - begin
+            busy_ns += request.loader.busy_ns()
         read_bytes += len(wanted) * engine.slot_bytes
     cache.take_stats()  # of no token
-    return read_bytes / seconds
+    return 1e9 * read_bytes / busy_ns
 
 
 def prefill_reads(bundle: Path, options: DecodeOptions) -> dict[str, Any]:

@@ -94,22 +94,22 @@ def test_shares_are_taken_within_a_round() -> None:
         lucky = 3000.0 if slower == 1 else 1.0  # the best of one round, not of all
         raw = ReadRates({(MIB, 4): [1000.0 / slower], (None, 4): [lucky]})
         token = dataclasses.replace(record([3], [1]), bytes=900, read_busy_ms=1000.0 * slower)
-        round_ = Round([token], None, costs, 1000, raw, 800.0 / slower, 3.0 * slower)
+        round_ = Round([token], None, costs, 1000, raw, 3.0 * slower)
         floor_ms = 1000 * round_.floor_s(1000.0 / slower)
         token = dataclasses.replace(token, total_ms=1.5 * floor_ms)
         guessed = dataclasses.replace(token, total_ms=1.2 * floor_ms, prefetched=1, wasted_bytes=90)
         rounds.append(dataclasses.replace(round_, records=[token], guessed=[guessed]))
-    setting = summarise(8, rounds)
+    setting = summarise(8, 0.8, rounds)
     assert (setting.floor_s, setting.tpot_s, setting.prefetch_tpot_s) == (15.0, 22.5, pytest.approx(18.0))
     assert (setting.over_floor, setting.over_memory_floor) == (1.5, 3.75)
     assert setting.prefetch_over_floor == pytest.approx(1.2)
     assert (setting.prefetched_share, setting.wasted_share) == (1.0, 0.1)
     assert setting.prefetch_read_share == pytest.approx(0.9)
     assert (setting.read_bytes_per_s, setting.read_share) == (450.0, pytest.approx(0.9))
-    assert setting.alone_share == pytest.approx(0.8)
+    assert setting.alone_share == 0.8
     assert setting.hit_rate == 0.75
     assert setting.parts.head_s == 10.0
-    alone = summarise(8, [dataclasses.replace(each, guessed=None) for each in rounds])
+    alone = summarise(8, None, [dataclasses.replace(each, guessed=None) for each in rounds])
     assert (alone.prefetch_tpot_s, alone.prefetch_read_share, alone.prefetched_share) == (None, None, None)
     assert alone.tpot_s == 22.5
 

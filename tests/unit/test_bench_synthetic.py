@@ -75,7 +75,9 @@ def test_index_counts_every_byte(checkpoint: Path) -> None:
     assert largest_tensor_bytes(checkpoint) == 2 * 600 * 64
 
 
-def test_parts_and_one_setting(bundle: Path) -> None:
+def test_parts_and_one_setting(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_READ_BYTES", "_ALONE_BYTES"):
+        monkeypatch.setattr(f"bench.decode.{name}", 1 << 20)
     opened = Bundle.open(bundle)
     parts = Parts.load(opened, "torch", DTYPES["fp16"])
     options = DecodeOptions(slots=(2,), tokens=8, rounds=1, backend="torch")
@@ -87,6 +89,7 @@ def test_parts_and_one_setting(bundle: Path) -> None:
     assert setting.tpot_s > 0
     assert 0 < setting.floor_s < math.inf
     assert 0 <= setting.hit_rate < 1
+    assert setting.alone_share is not None and setting.alone_share > 0
 
 
 def test_all_resident_misses_nothing(bundle: Path) -> None:
