@@ -63,7 +63,7 @@ def choose_with_prior(
     The n-th tokens of all documents at once, because what is cached depends on every choice before. No gradient.
     """
     with torch.no_grad():
-        raised = raise_logits(prior.options, config, logits, _spreads(logits, segments)).cpu().numpy()
+        cached, beside = (raised.cpu().numpy() for raised in _raised(prior, config, logits, segments))
         liked, rows = _liked(config, logits, bias, prior).cpu().numpy(), logits.cpu().numpy()
         plain = config.scoring == "softmax" and bias is None and config.num_groups == 1
         bias = None if bias is None else bias.cpu()
@@ -72,7 +72,8 @@ def choose_with_prior(
         chosen = np.empty((len(rows), config.top_k), dtype=np.int64)
         for turn in turns:
             held = cache.held(documents[turn])
-            biased = np.where(_counting(prior, config, held) | liked[turn], raised[turn], rows[turn])
+            others = np.where(_full(prior, config, held), rows[turn], beside[turn])
+            biased = np.where(held | liked[turn], cached[turn], others)
             if plain:
                 chosen[turn] = np.argsort(-biased, axis=-1, kind="stable")[:, : config.top_k]
             else:
@@ -97,15 +98,21 @@ def biased_logits(
     config: RouterConfig, logits: Tensor, bias: Tensor | None, segments: Tensor, prior: Prior, held: Tensor
 ) -> Tensor:
     """What the choice with a prior goes by, with a gradient: logits [N, E] of one layer, `held` [N, E] in its cache."""
-    raised = raise_logits(prior.options, config, logits, _spreads(logits.detach(), segments))
-    return torch.where(_counting(prior, config, held) | _liked(config, logits, bias, prior), raised, logits)
+    cached, beside = _raised(prior, config, logits, segments)
+    others = torch.where(_full(prior, config, held), logits, beside)
+    return torch.where(held | _liked(config, logits, bias, prior), cached, others)
 
 
-def _counting(prior: Prior, config: RouterConfig, held: Any) -> Any:
-    """Of the experts held [..., E] those that are preferred: by one of the rules none before the cache is full."""
-    if not prior.options.fills_first:
-        return held
-    return held & (held.sum(-1) >= min(prior.slots, config.num_experts))[..., None]
+def _raised(prior: Prior, config: RouterConfig, logits: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of experts in the cache, and of the others while it has a free slot."""
+    spreads = _spreads(logits.detach(), segments)
+    cached, beside = (raise_logits(prior.options, config, logits, spreads, s) for s in (1.0, prior.options.free_share))
+    return cached, beside
+
+
+def _full(prior: Prior, config: RouterConfig, held: Any) -> Any:
+    """Whether a cache with the experts held [..., E] has no free slot: [..., 1]."""
+    return (held.sum(-1) >= min(prior.slots, config.num_experts))[..., None]
 
 
 def _contents(policy: str, documents: int, config: RouterConfig, slots: int) -> _Recency | _ByDemand:

@@ -13,8 +13,9 @@ takes z_(1) - z_(K) of this token for D. "energy" is ours: with w_e = s_e / (sum
 Outputs of experts are nearly orthogonal, so to leave out an expert of weight w changes a token's output by about w. Two
 logits are as far apart at the top, where the weights are large, as at the bottom, where they hardly matter; squares of
 weights are not. Where the model does not divide weights by their sum they keep the sum of the router's own choice, so
-that a layer adds no less than it would. And nothing is preferred before the layer's cache is full: what is read into a
-free slot sends nobody away, and stays. docs/results/router-tuning.md compares the three.
+that a layer adds no less than it would. And what is read into a free slot sends nobody away, and stays: while a cache
+has one, experts that are not in it gain four fifths of strength^2, too. docs/results/router-tuning.md compares the
+three.
 
 With strength 0 it is stock routing, bit for bit. A prompt is routed by the stock rule: its experts are read once
 anyway.
@@ -39,6 +40,7 @@ from runtime.router import Observer, Routed, Router
 
 Scaling = Literal["mean", "token", "energy"]
 _NONE = np.zeros((1, 1))
+_FREE_SLOT = 0.8  # of the energy; with all of it a cache that can hold most experts would read them all for small gains
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,30 @@ class CachePrior:
         return self.strength > 0 and self.scaling == "energy" and not config.normalise
 
     @property
-    def fills_first(self) -> bool:
-        """Whether a cache with a free slot is of no account."""
-        return self.scaling == "energy"
+    def free_share(self) -> float:
+        """Of what a cached expert gains: what the others gain while the cache has a free slot."""
+        return _FREE_SLOT if self.scaling == "energy" else 0.0
 
     def __str__(self) -> str:
         return f"cache-prior strength={self.strength:g} top_j={self.top_j} scaling={self.scaling}"
 
 
-def raise_logits(options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Logits [..., E] as they count for an expert that is preferred; `spread` [..., 1] is the mean one.
+def raise_logits(
+    options: CachePrior, config: RouterConfig, logits: torch.Tensor, spread: torch.Tensor, share: float = 1.0
+) -> torch.Tensor:
+    """Logits [..., E] as they count for an expert that is preferred, or gains a `share` of that; `spread` [..., 1] is
+    the mean one.
 
     Each row by itself and with a gradient: for training with the rule. Routing goes by runtime/prior_rows.py.
     """
-    if options.strength == 0:
+    if options.strength == 0 or share == 0:
         return logits
     if options.scaling == "energy":
-        return _add_energy(config, logits, options.strength)
+        return _add_energy(config, logits, options.strength * math.sqrt(share))
     if options.scaling == "token":
         best = logits.topk(config.top_k).values
         spread = best[..., :1] - best[..., -1:]
-    return logits + options.strength * spread
+    return logits + share * options.strength * spread
 
 
 def _add_energy(config: RouterConfig, logits: torch.Tensor, strength: float) -> torch.Tensor:

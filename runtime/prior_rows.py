@@ -58,9 +58,9 @@ def prefer_cached(
     wide = logits.astype(np.float64)
     scores = _scores(rules, wide)
     stock = _choose(rules, scores, bias)
-    preferred = cached & full if options.fills_first else cached.copy()
+    preferred = cached.copy()
     preferred[_rows(stock), stock[:, : options.top_j]] = True
-    leaning = _lean(options, rules, wide, scores, preferred, spread)
+    leaning = _lean(options, rules, wide, scores, preferred, full, spread)
     return Preferred(_choose(rules, leaning, bias), stock, scores)
 
 
@@ -79,17 +79,24 @@ def weigh_preferred(options: CachePrior, rules: RouterConfig, found: Preferred) 
 
 
 def _lean(
-    options: CachePrior, rules: RouterConfig, logits: Array, scores: Array, preferred: Array, spread: Array
+    options: CachePrior,
+    rules: RouterConfig,
+    logits: Array,
+    scores: Array,
+    preferred: Array,
+    full: Array,
+    spread: Array,
 ) -> Array:
     """Scores [S, E] by which to choose."""
     if options.strength == 0:
         return scores
     if options.scaling == "energy":
         best = _best(scores, rules.top_k).sum(axis=-1, keepdims=True)
-        energy = np.sqrt(scores**2 + (options.strength * best) ** 2)
+        share = np.where(preferred, 1.0, np.where(full, 0.0, options.free_share))
+        energy = np.sqrt(scores**2 + share * (options.strength * best) ** 2)
         if rules.scoring == "sigmoid":
             energy = np.minimum(energy, 1.0)  # choice biases are made for scores of at most 1
-        return np.where(preferred, energy, scores)
+        return np.where(share > 0, energy, scores)
     if options.scaling == "token":
         best = _best(logits, rules.top_k)
         spread = best.max(axis=-1, keepdims=True) - best.min(axis=-1, keepdims=True)

@@ -84,8 +84,8 @@ STUDIES = {
         strengths=Strengths(
             remoe=(3.0, 10.0),
             miss=(0.3,),
-            prior=(0.1, 0.2, 0.3),
-            energy=(0.065, 0.08, 0.11),
+            prior=(0.1, 0.2, 0.3, 0.4),
+            energy=(0.065, 0.08, 0.11, 0.15),
         ),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),

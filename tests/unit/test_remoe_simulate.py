@@ -102,29 +102,35 @@ def test_agrees_when_a_prompt_takes_several_chunks(bundles: dict[str, Path], mon
 
 
 @pytest.mark.parametrize(
-    ("family", "scope", "scaling"),
+    ("family", "scope", "scaling", "slots"),
     [
-        ("olmoe", "layer", "mean"),
-        ("olmoe", "shared", "token"),
-        ("deepseek_v3", "shared", "mean"),
-        ("deepseek_v3", "layer", "energy"),
+        ("olmoe", "layer", "mean", 5),
+        ("olmoe", "shared", "token", 5),
+        ("olmoe", "layer", "energy", 10),  # free slots for as long as an expert was never needed
+        ("deepseek_v3", "shared", "mean", 5),
+        ("deepseek_v3", "layer", "energy", 5),
     ],
 )
 def test_cache_prior_in_the_engine_and_from_its_own_logits(
-    bundles: dict[str, Path], family: str, scope: Any, scaling: Any
+    bundles: dict[str, Path], family: str, scope: Any, scaling: Any, slots: int
 ) -> None:
     """Replaying what a cache-prior engine chose gives its counts; routing its logits again gives its choice."""
     prior = CachePrior(0.2, 1, scaling)
     options = EngineOptions(
-        slots_per_layer=5, scope=scope, dtype="fp32", routing="cache-prior", prior_strength=0.2, prior_scaling=scaling
+        slots_per_layer=slots,
+        scope=scope,
+        dtype="fp32",
+        routing="cache-prior",
+        prior_strength=0.2,
+        prior_scaling=scaling,
     )
     with Engine.open(bundles[family], options) as engine:
         trace, records = counted(engine, cold=True, logits=True)
         total = engine.slots.total
-    slots: dict[str, Any] = {"slots_per_layer": 5} if scope == "layer" else {"shared_slots": total}
+    sizes: dict[str, Any] = {"slots_per_layer": slots} if scope == "layer" else {"shared_slots": total}
     assert trace.info.routing == f"cache-prior strength=0.2 top_j=1 scaling={scaling}"
-    assert_same(simulate(trace, Setting("lru", **slots)), trace, records)
-    again = simulate(trace, Setting("lru", **slots, prior=prior))
+    assert_same(simulate(trace, Setting("lru", **sizes)), trace, records)
+    again = simulate(trace, Setting("lru", **sizes, prior=prior))
     assert (again.experts == trace.experts).mean() > 0.98  # fp16 logits: a tie may fall the other way
     assert again.agreement is not None
     assert 0.3 < again.agreement < 1
