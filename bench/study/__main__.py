@@ -66,6 +66,7 @@ STUDIES = {
             miss=(0.1, 0.3),
             prior=(0.1, 0.15, 0.2, 0.4, 0.6),
             energy=(0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.4, 0.6, 0.9),
+            active=(0.15, 0.2, 0.4, 0.6),  # a weak one alone costs next to nothing: it needs no tuning
         ),
         tuned_slots=(4, 8),
         slots=(4, 5, 8, 16, 28),
@@ -86,6 +87,7 @@ STUDIES = {
             miss=(0.3,),
             prior=(0.1, 0.2, 0.3, 0.4),
             energy=(0.065, 0.08, 0.11, 0.15, 0.2),
+            active=(0.2,),
         ),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),

@@ -41,6 +41,7 @@ class Strengths:
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
+    active: tuple[float, ...]  # of the published rule while a router is tuned with it, and measured with it
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterator[Method]:
@@ -73,7 +74,7 @@ def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterat
         for strength in strengths.miss:
             objective = replace(PRESETS["cache"], miss=strength, cache_slots=size)
             yield Method("miss loss, output anchor", strength, objective, slots=size)
-        for strength in strengths.prior[1:]:  # a weak prior alone costs next to nothing: it needs no tuning
+        for strength in strengths.active:
             active = replace(scaled(_PUBLISHED, weakest), cache_slots=size, prior=strength)
             yield Method("ReMoE, with the prior", strength, active, CachePrior(strength), slots=size)
 

@@ -75,7 +75,7 @@ def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> N
 
 
 def test_every_method_is_named_once_and_tunes_something() -> None:
-    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,))
+    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,), active=(0.2,))
     found = list(methods(strengths, (2, 4), 3))
     assert len({method.key for method in found}) == len(found)
     by_name = {method.name: method for method in found}
