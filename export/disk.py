@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
+from blake3 import blake3
 
 from export.filesystem import FileSystem
 from runtime.errors import EdgeError
@@ -23,19 +23,19 @@ class SyncError(EdgeError):
 
 
 class Hashes:
-    """SHA-256 and xxh3-64 of a file that passes by."""
+    """BLAKE3 and xxh3-64 of a file that passes by."""
 
     def __init__(self, seed: int) -> None:
-        self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_64(seed=seed)
+        self._blake3, self._xxh3 = blake3(), xxhash.xxh3_64(seed=seed)
 
     def update(self, data: memoryview) -> None:
         """The next bytes."""
-        self._sha256.update(data)
+        self._blake3.update(data)
         self._xxh3.update(data)
 
     def entry(self, size_bytes: int) -> FileEntry:
         """What the manifest says about the file."""
-        return FileEntry(size_bytes, self._sha256.hexdigest(), self._xxh3.hexdigest())
+        return FileEntry(size_bytes, self._blake3.hexdigest(), self._xxh3.hexdigest())
 
 
 @contextmanager

@@ -71,23 +71,24 @@ def peak_rss_bytes() -> int:
 
 
 def checked_graph(bundle: Any, part: str) -> bytes:
-    """The graph's bytes after their SHA-256, before anything parses them. Raises BundleError."""
-    import hashlib
+    """The graph's bytes after their BLAKE3, before anything parses them. Raises BundleError."""
+    from blake3 import blake3
 
     from runtime.errors import BundleError
     from runtime.layout import graph_file
 
     file = graph_file(part, "fp16")
     graph = bytes(bundle.read(file))
-    if hashlib.sha256(graph).hexdigest() != bundle.manifest.files[file].sha256:
-        raise BundleError(f"{file}: SHA-256 differs from the manifest: the bundle is damaged; export it again")
+    if blake3(graph).hexdigest() != bundle.manifest.files[file].blake3:
+        raise BundleError(f"{file}: BLAKE3 differs from the manifest: the bundle is damaged; export it again")
     return graph
 
 
 def check_weights(bundle: Any, part: str) -> None:
-    """Every byte of the weights that TensorRT is about to read, against the manifest's SHA-256. Raises BundleError."""
-    import hashlib
+    """Every byte of the weights that TensorRT is about to read, against the manifest's BLAKE3. Raises BundleError."""
     import os
+
+    from blake3 import blake3
 
     from runtime.errors import BundleError
     from runtime.graph_io import weight_files
@@ -95,14 +96,14 @@ def check_weights(bundle: Any, part: str) -> None:
 
     for file in weight_files(bundle.config, part):
         entry = bundle.manifest.files[file]
-        descriptor, digest = open_file(bundle.directory, file, entry.bytes), hashlib.sha256()
+        descriptor, digest = open_file(bundle.directory, file, entry.bytes), blake3()
         try:
             while chunk := os.read(descriptor, 16 << 20):
                 digest.update(chunk)
         finally:
             os.close(descriptor)
-        if digest.hexdigest() != entry.sha256:
-            raise BundleError(f"{file}: SHA-256 differs from the manifest: the bundle is damaged; export it again")
+        if digest.hexdigest() != entry.blake3:
+            raise BundleError(f"{file}: BLAKE3 differs from the manifest: the bundle is damaged; export it again")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def _hash_problem(bundle: Bundle, name: str, seed: int) -> str | None:
     except OSError as error:
         return f"{name}: {error.strerror}: the disk cannot read it"
     found = hashes.entry(entry.bytes)
-    wrong = [kind for kind in ("sha256", "xxh3") if getattr(found, kind) != getattr(entry, kind)]
+    wrong = [kind for kind in ("blake3", "xxh3") if getattr(found, kind) != getattr(entry, kind)]
     return f"{name}: its {' and '.join(wrong)} differ from {MANIFEST}: damaged, export again" if wrong else None
 
 

@@ -50,7 +50,7 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything that an engine depends on. `sources` are the SHA-256 of the graph and of its weight files."""
+    """Everything that an engine depends on. `sources` are the BLAKE3 of the graph and of its weight files."""
 
     part: str
     sources: dict[str, str]
@@ -96,7 +96,7 @@ def engine_keys(bundle: Bundle, target: Target, options: EngineLimits) -> dict[s
     keys = {}
     for part in dense_parts(bundle.config):
         files = (graph_file(part, "fp16"), *weight_files(bundle.config, part))
-        sources = {file: manifest.files[file].sha256 for file in files}
+        sources = {file: manifest.files[file].blake3 for file in files}
         keys[part] = EngineKey(part, sources, target.flavour, target.version, target.gpu, options)
     return keys
 

@@ -21,17 +21,17 @@ from runtime.layout import (
 )
 from runtime.strict import from_dict, parse_json, to_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had SHA-256 in place of BLAKE3
 MAX_MANIFEST_BYTES = 16 << 20
 _HEX = set("0123456789abcdef")
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: size, SHA-256 and xxh3-64, both in hex. A blob's xxh3 is seeded with its expert's identity."""
+    """One file: size, BLAKE3 and xxh3-64, both in hex. A blob's xxh3 is seeded with its expert's identity."""
 
     bytes: int
-    sha256: str
+    blake3: str
     xxh3: str
 
 
@@ -72,7 +72,7 @@ class Manifest:
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of manifest.json.
 
-    Raises BundleError naming the field; a newer format_version says so.
+    Raises BundleError naming the field; another format_version says so.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"manifest.json: {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed")
@@ -84,6 +84,11 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(
             f"manifest.json: format_version {version} was made by a newer release; this one reads up to "
             f"{FORMAT_VERSION}: upgrade remoe-edge, or export again"
+        )
+    if version < FORMAT_VERSION:
+        raise BundleError(
+            f"manifest.json: format_version {version} was made by an older release; this one reads {FORMAT_VERSION}: "
+            "export again"
         )
     manifest = from_dict(Manifest, raw, "manifest.json")
     _check(manifest)
@@ -132,6 +137,6 @@ def _check_path(path: str) -> None:
 def _check_entry(path: str, entry: FileEntry) -> None:
     if not 0 <= entry.bytes < 1 << 50:
         raise BundleError(f"manifest.json.files: {path} has an impossible size of {entry.bytes} bytes")
-    for field, digest, digits in (("sha256", entry.sha256, 64), ("xxh3", entry.xxh3, 16)):
+    for field, digest, digits in (("blake3", entry.blake3, 64), ("xxh3", entry.xxh3, 16)):
         if len(digest) != digits or not set(digest) <= _HEX:
             raise BundleError(f"manifest.json.files: {path} has a {field} that is not {digits} hex digits")

@@ -5,7 +5,6 @@ A graph's external data points into the bundle's own files, which a session find
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
+from blake3 import blake3
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, EdgeError, UsageError, first_line
@@ -73,9 +73,9 @@ class SessionFactory:
         """The session of one part. Raises BundleError when its graph is changed or refused."""
         file = graph_file(part, self._dtype_name)
         graph = self._bundle.read(file)
-        found, expected = hashlib.sha256(graph).hexdigest(), self._bundle.manifest.files[file].sha256
+        found, expected = blake3(graph).hexdigest(), self._bundle.manifest.files[file].blake3
         if found != expected:  # before anything parses it
-            raise BundleError(f"{file}: SHA-256 {found}, expected {expected}: the bundle is damaged; export it again")
+            raise BundleError(f"{file}: BLAKE3 {found}, expected {expected}: the bundle is damaged; export it again")
         try:
             session = self._ort.InferenceSession(bytes(graph), self._options(), providers=_PROVIDERS[self._provider])
         except Exception as error:  # ONNX Runtime has one exception class per status code

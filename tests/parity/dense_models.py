@@ -6,7 +6,6 @@ cuts of the graphs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from blake3 import blake3
 from torch.nn import functional
 
 from export.blocks import build_graphs
@@ -30,7 +30,7 @@ from runtime.layout import (
     layer_tensors,
     padded,
 )
-from runtime.manifest import ExpertLayout, FileEntry, Manifest, Source, required_files
+from runtime.manifest import FORMAT_VERSION, ExpertLayout, FileEntry, Manifest, Source, required_files
 
 Tensors = dict[str, torch.Tensor]
 
@@ -121,10 +121,10 @@ def write_manifest(path: Path, config: ModelConfig, graphs: tuple[str, ...] = ("
     entries = {file: FileEntry(padded(size), "0" * 64, "0" * 16) for file in required_files(config)}
     for file in sorted(path.glob("dense/*")):
         data = file.read_bytes()
-        digests = hashlib.sha256(data).hexdigest(), xxhash.xxh3_64_hexdigest(data)
+        digests = blake3(data).hexdigest(), xxhash.xxh3_64_hexdigest(data)
         entries[f"dense/{file.name}"] = FileEntry(len(data), *digests)
     layout = ExpertLayout("fp16", size, padded(size))
-    manifest = Manifest(1, "test", Source("random", "0" * 64), config, layout, graphs, entries)
+    manifest = Manifest(FORMAT_VERSION, "test", Source("random", "0" * 64), config, layout, graphs, entries)
     (path / MANIFEST).write_bytes(manifest.to_json())
 
 

@@ -58,7 +58,7 @@ def open_backend(path: Path, dtype: torch.dtype = torch.float32, **options: Any)
 
 
 def test_graph_is_checked_before_it_is_parsed(path: Path, sessions: list[bytes]) -> None:
-    """A graph whose xxh3 in the manifest was forged along with it still fails on its SHA-256, unparsed."""
+    """A graph whose xxh3 in the manifest was forged along with it still fails on its BLAKE3, unparsed."""
     file = graph_file("head", "fp32")
     before = json.loads((path / MANIFEST).read_text())
     flip(path / file, 100)
@@ -66,7 +66,7 @@ def test_graph_is_checked_before_it_is_parsed(path: Path, sessions: list[bytes])
     forged = json.loads((path / MANIFEST).read_text())
     forged["files"][file]["sha256"] = before["files"][file]["sha256"]
     (path / MANIFEST).write_text(json.dumps(forged))
-    with pytest.raises(BundleError, match=r"head\.fp32\.onnx: SHA-256"):
+    with pytest.raises(BundleError, match=r"head\.fp32\.onnx: BLAKE3"):
         open_backend(path)
     assert sessions == []
 

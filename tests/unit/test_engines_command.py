@@ -136,7 +136,7 @@ def test_damaged_graphs_and_weights_never_reach_tensorrt(tmp_path: Path) -> None
     with pytest.raises(BundleError, match=r"head\.fp16\.onnx: checksum"):
         engine_worker.checked_graph(bundle, "head")
     assert engine_worker.checked_graph(bundle, "layer_01")
-    with pytest.raises(BundleError, match=r"dense/layer_01\.safetensors: SHA-256 differs"):
+    with pytest.raises(BundleError, match=r"dense/layer_01\.safetensors: BLAKE3 differs"):
         engine_worker.check_weights(bundle, "layer_01")
     engine_worker.check_weights(bundle, "layer_00")
     engine_worker.check_weights(bundle, "expert")
@@ -200,7 +200,7 @@ def test_real_engines_in_the_store(bundle: Bundle, store: EngineStore) -> None:
     weights = bundle.path / layer_file(1)
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UsageError, match=r"^dense/layer_01\.safetensors: SHA-256 differs from the manifest"):
+    with pytest.raises(UsageError, match=r"^dense/layer_01\.safetensors: BLAKE3 differs from the manifest"):
         build_engines(bundle, target, options, store, ignore)
     weights.write_bytes(whole)
     results = build_engines(bundle, target, options, store, ignore)

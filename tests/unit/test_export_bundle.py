@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from export.exporter import export_bundle
@@ -29,7 +29,7 @@ NO_GRAPHS = ExportOptions(graphs=(), name="model")
 
 def digests(bundle: Path) -> dict[str, str]:
     files = (p for p in sorted(bundle.rglob("*")) if p.is_file())
-    return {str(p.relative_to(bundle)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {str(p.relative_to(bundle)): blake3(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_manifest_says_what_is_there(exported: Path) -> None:
     manifest = parse_manifest((exported / layout.MANIFEST).read_bytes())
     found = digests(exported)
     found.pop(layout.MANIFEST)
-    assert {name: entry.sha256 for name, entry in manifest.files.items()} == found
+    assert {name: entry.blake3 for name, entry in manifest.files.items()} == found
     for name, entry in manifest.files.items():
         data = (exported / name).read_bytes()
         expert = name.startswith("experts/")

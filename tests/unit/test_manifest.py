@@ -14,6 +14,7 @@ from export.families import parse_config
 from runtime import layout
 from runtime.errors import BundleError
 from runtime.manifest import (
+    FORMAT_VERSION,
     MAX_MANIFEST_BYTES,
     ExpertLayout,
     FileEntry,
@@ -45,7 +46,7 @@ def manifest() -> Manifest:
         name: FileEntry(blob.file_bytes if name.startswith("experts/") else 100, "0" * 64, "f" * 16)
         for name in required_files(config)
     }
-    return Manifest(1, "test", Source("tiny", "a" * 64), config, blob, ("fp16",), files)
+    return Manifest(FORMAT_VERSION, "test", Source("tiny", "a" * 64), config, blob, ("fp16",), files)
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -115,13 +116,14 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "unknown word": (edited(put("config.activation", "relu")), "config.activation"),
     "no format_version": (edited(lambda m: m.pop("format_version")), "format_version is None"),
     "format_version 0": (edited(put("format_version", 0)), "format_version is 0"),
-    "format_version 2": (edited(put("format_version", 2)), "made by a newer release"),
+    "format_version 1": (edited(put("format_version", 1)), "made by an older release"),
+    "format_version 3": (edited(put("format_version", 3)), "made by a newer release"),
     "format_version true": (edited(put("format_version", True)), "format_version is True"),
     "format_version 1.0": (edited(put("format_version", 1.0)), "format_version is 1.0"),
     "negative size": (edited(lambda m: m["files"][layout.EMBED_FILE].update(bytes=-1)), "impossible size"),
     "size beyond any disk": (edited(lambda m: m["files"][layout.EMBED_FILE].update(bytes=1 << 62)), "impossible size"),
-    "short sha256": (edited(lambda m: m["files"][BLOB].update(sha256="0" * 63)), "sha256"),
-    "sha256 with capitals": (edited(lambda m: m["files"][BLOB].update(sha256="A" * 64)), "sha256"),
+    "short blake3": (edited(lambda m: m["files"][BLOB].update(blake3="0" * 63)), "blake3"),
+    "blake3 with capitals": (edited(lambda m: m["files"][BLOB].update(blake3="A" * 64)), "blake3"),
     "xxh3 no hex": (edited(lambda m: m["files"][BLOB].update(xxh3="g" * 16)), "xxh3"),
     "expert missing": (edited(lambda m: m["files"].pop(BLOB)), BLOB),
     "head missing": (edited(lambda m: m["files"].pop(layout.HEAD_FILE)), layout.HEAD_FILE),

@@ -66,7 +66,7 @@ def test_one_flipped_bit_in_any_file_is_found(name: str, bundle: Path) -> None:
     found = problems(bundle, full=True)
     assert len(found) == 1
     assert name in found[0]
-    assert "sha256 and xxh3 differ" in found[0]
+    assert "blake3 and xxh3 differ" in found[0]
 
 
 def test_every_page_of_a_blob_is_covered(bundle: Path) -> None:
@@ -116,7 +116,7 @@ def test_swapped_blobs_of_equal_size_are_found(bundle: Path) -> None:
     assert [p.split(":")[0] for p in problems(bundle, full=True)] == [BLOB, OTHER_BLOB]
 
 
-def test_swapped_blobs_are_found_even_with_their_own_sha256(bundle: Path) -> None:
+def test_swapped_blobs_are_found_even_with_their_own_blake3(bundle: Path) -> None:
     swap(bundle / BLOB, bundle / OTHER_BLOB)
     manifest = json.loads((bundle / layout.MANIFEST).read_text())
     files = manifest["files"]
