@@ -88,7 +88,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if version < FORMAT_VERSION:
         raise BundleError(
             f"manifest.json: format_version {version} was made by an older release; this one reads {FORMAT_VERSION}: "
-            "export again"
+            "run edge export CHECKPOINT BUNDLE --force"
         )
     manifest = from_dict(Manifest, raw, "manifest.json")
     _check(manifest)
