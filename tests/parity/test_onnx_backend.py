@@ -64,7 +64,7 @@ def test_graph_is_checked_before_it_is_parsed(path: Path, sessions: list[bytes])
     flip(path / file, 100)
     write_manifest(path, CONFIG)
     forged = json.loads((path / MANIFEST).read_text())
-    forged["files"][file]["sha256"] = before["files"][file]["sha256"]
+    forged["files"][file]["blake3"] = before["files"][file]["blake3"]
     (path / MANIFEST).write_text(json.dumps(forged))
     with pytest.raises(BundleError, match=r"head\.fp32\.onnx: BLAKE3"):
         open_backend(path)
