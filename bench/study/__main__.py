@@ -27,7 +27,7 @@ from remoe.texts import Sequences, pack
 from remoe.tune import Teacher, tune
 from remoe.tune_options import TuneOptions
 from runtime.errors import EdgeError, UsageError
-from runtime.layout import router_tensors
+from runtime.layout import expert_bytes, padded, router_tensors
 from runtime.router_file import Provenance, gates_sha256, load_router, save_router
 from runtime.strict import to_dict
 
@@ -67,6 +67,7 @@ STUDIES = {
             prior=(0.1, 0.15, 0.2, 0.4, 0.6),
             energy=(0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.4, 0.6, 0.9),
             active=(0.15, 0.2, 0.4, 0.6),  # a weak one alone costs next to nothing: it needs no tuning
+            after=(0.1, 0.17, 0.2, 0.25, 0.3),
         ),
         tuned_slots=(4, 8),
         slots=(4, 5, 8, 16, 28),
@@ -87,7 +88,8 @@ STUDIES = {
             miss=(0.3,),
             prior=(0.1, 0.2, 0.3, 0.4),
             energy=(0.05, 0.065, 0.08, 0.11, 0.15, 0.2),
-            active=(0.2,),
+            active=(0.1, 0.2),
+            after=(0.05, 0.065),
         ),
         tuned_slots=(8, 16),
         slots=(8, 10, 16, 28),
@@ -203,17 +205,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
     parser.add_argument("--slots", type=int, nargs="+", metavar="C", help="cache sizes (default: those of the study)")
     parser.add_argument("--test-tokens", type=int, metavar="N", help="of each set of texts (default: the study's)")
+    parser.add_argument("--train-tokens", type=int, metavar="N", help="the same of those to tune on")
+    parser.add_argument("--steps", type=int, metavar="N", help="of tuning (default: the study's)")
     parser.add_argument("--out", type=Path, required=True, help="folder for points, routers, table and plot")
     parser.add_argument("--download", type=Path, default=Path("out/download"), help="folder that keeps the packages")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         study = STUDIES[options.study]
-        slots, tokens = tuple(options.slots or study.slots), options.test_tokens or study.test_tokens
-        study = replace(study, slots=slots, test_tokens=tokens)
+        given = {name: getattr(options, name) for name in ("test_tokens", "train_tokens", "steps")}
+        study = replace(study, **{name: value for name, value in given.items() if value is not None})
+        if options.slots:
+            study = replace(study, slots=tuple(options.slots))
         runner = Runner(options.checkpoint, study, options.download, options.out)
         points = run_study(runner, options.seeds, options.out, options.only)
-        write_page(points, runner.config.router.top_k, options.out)
+        miss_bytes = len(runner.config.moe_layers) * padded(expert_bytes(runner.config))
+        write_page(points, runner.config.router.top_k, miss_bytes, options.out)
     except EdgeError as error:
         _say(f"error: {error}")
         return error.exit_code

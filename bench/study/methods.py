@@ -37,11 +37,12 @@ class Method:
 class Strengths:
     """How strongly each method is tried, on one model."""
 
-    remoe: tuple[float, ...]  # factor on all published locality terms
+    remoe: tuple[float, ...]  # factor on all published locality terms, or weight of the term in their place
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
     active: tuple[float, ...]  # of the published rule while a router is tuned with it, and measured with it
+    after: tuple[float, ...]  # of the rule by energy over a router that was tuned for the miss loss without it
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterator[Method]:
@@ -60,23 +61,31 @@ def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterat
     yield Method("CE only", 1.0, PRESETS["ce-only"])
     for strength in strengths.remoe:
         yield Method("ReMoE", strength, scaled(_PUBLISHED, strength))
-    weakest, middle = strengths.remoe[0], strengths.remoe[len(strengths.remoe) // 2]
-    yield Method("ReMoE without Trust", weakest, scaled(replace(_PUBLISHED, trust=0.0), weakest))
-    yield Method("ReMoE, output anchor", middle, scaled(replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0), middle))
     falling = tuple(2 * (layers - number) / (layers + 1) for number in range(layers))  # its mean is 1
-    for where, factors in (("early", falling), ("late", falling[::-1])):
-        stronger = replace(scaled(_PUBLISHED, middle), layer_strength=factors)
-        yield Method(f"ReMoE, stronger in {where} layers", middle, stronger)
+    without_trust, anchored = replace(_PUBLISHED, trust=0.0), replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0)
+    weakest = strengths.remoe[0]
+    yield Method("ReMoE without Trust", weakest, scaled(without_trust, weakest))
+    for strength in strengths.remoe:
+        yield Method("ReMoE, output anchor", strength, scaled(anchored, strength))
+        for where, factors in (("early", falling), ("late", falling[::-1])):
+            stronger = replace(scaled(_PUBLISHED, strength), layer_strength=factors)
+            yield Method(f"ReMoE, stronger in {where} layers", strength, stronger)
+        for size in slots:
+            target = replace(scaled(_PUBLISHED, strength), reuse_target="cache", cache_slots=size)
+            yield Method("ReMoE, cache as target", strength, target, slots=size)
+            margin = replace(_NO_LOCALITY, margin=strength, cache_slots=size)
+            yield Method("margin loss", strength, margin, slots=size)
     for size in slots:
-        target = replace(scaled(_PUBLISHED, middle), reuse_target="cache", cache_slots=size)
-        yield Method("ReMoE, cache as target", middle, target, slots=size)
-        yield Method("margin loss", middle, replace(_NO_LOCALITY, margin=middle, cache_slots=size), slots=size)
         for strength in strengths.miss:
-            objective = replace(PRESETS["cache"], miss=strength, cache_slots=size)
-            yield Method("miss loss, output anchor", strength, objective, slots=size)
+            cached = replace(PRESETS["cache"], miss=strength, cache_slots=size)
+            yield Method("miss loss, output anchor", strength, cached, slots=size)
         for strength in strengths.active:
             active = replace(scaled(_PUBLISHED, weakest), cache_slots=size, prior=strength)
             yield Method("ReMoE, with the prior", strength, active, CachePrior(strength), slots=size)
+        cached = replace(PRESETS["cache"], miss=strengths.miss[-1], cache_slots=size)
+        for strength in strengths.after:
+            rule = CachePrior(strength, scaling="energy")
+            yield Method("miss loss, then by energy", strength, cached, rule, slots=size, policy="gate")
 
 
 def scaled(objective: Objective, factor: float) -> Objective:

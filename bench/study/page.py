@@ -85,10 +85,10 @@ def fewest_misses(line: Sequence[Row], cost: Callable[[Row], float], limit: floa
     return min(found, default=None)
 
 
-def write_page(points: list[dict[str, Any]], top_k: int, out: Path) -> None:
-    """study.md and study.png in the folder `out`."""
+def write_page(points: list[dict[str, Any]], top_k: int, miss_bytes: int, out: Path) -> None:
+    """study.md and study.png in the folder `out`. `miss_bytes`: read per token where every layer misses one expert."""
     sizes = [int(key) for key in points[0]["misses"]]
-    parts = [*_verdicts(points, sizes, top_k), *(_table(rows(points, size), size, top_k) for size in sizes)]
+    parts = [*_verdicts(points, sizes, top_k), *(_table(rows(points, size), size, top_k, miss_bytes) for size in sizes)]
     (out / "study.md").write_text("\n".join(parts), encoding="utf-8")
     _plot(points, sizes, top_k, out / "study.png")
 
@@ -164,13 +164,13 @@ def _cell(points: list[dict[str, Any]], size: int, name: str, cost: Callable[[Ro
     return _percent(value, stock.misses) + (spread if len(reached) > 1 else "") + factor
 
 
-def _table(found: list[Row], slots: int, top_k: int) -> str:
+def _table(found: list[Row], slots: int, top_k: int, miss_bytes: int) -> str:
     stock = next(row for row in found if row.method == "stock")
     lines = [
         f"### {slots} slots per layer ({slots / top_k:.1f} K)\n",
         "| method | strength | perplexity | KL to stock | same best word | EOR | misses per layer and token | "
-        "of the stock's | Belady's share |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "of the stock's | MB per token | Belady's share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         spread = f" ({row.lowest_misses:.2f} to {row.highest_misses:.2f})" if row.seeds > 1 else ""
@@ -183,6 +183,7 @@ def _table(found: list[Row], slots: int, top_k: int) -> str:
             f"{row.eor:.3f} ({_percent(row.eor, stock.eor)})",
             f"{row.misses:.3f}{spread}",
             _percent(row.misses, stock.misses),
+            f"{row.misses * miss_bytes / 1e6:.3g}",
             _share(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -75,7 +75,7 @@ def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> N
 
 
 def test_every_method_is_named_once_and_tunes_something() -> None:
-    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,), active=(0.2,))
+    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,), active=(0.2,), after=(0.1,))
     found = list(methods(strengths, (2, 4), 3))
     assert len({method.key for method in found}) == len(found)
     by_name = {method.name: method for method in found}
@@ -151,11 +151,12 @@ def test_verdict_by_hand(tmp_path: Path) -> None:
         _point("ReMoE without Trust", 10.05, 0.8, seed=1),
     ]
     points[0]["strength"] = 0.0
-    write_page(points, 2, tmp_path)
+    write_page(points, 2, 5_000_000, tmp_path)
     page = (tmp_path / "study.md").read_text()
     assert "### 4 slots per layer (2.0 K)" in page
     assert "### At ReMoE's perplexity, 10.05" in page
     assert "| cache-prior | -20.0%, 2.0 x |" in page
+    assert "| 1.200 | -40.0% | 6 | 50% |" in page  # of cache-prior: 1.2 misses in each layer, 5 MB for all layers
     assert "| ReMoE without Trust | -55.0% (-50.0% to -60.0%), 5.5 x |" in page
     assert (tmp_path / "study.png").stat().st_size > 5000
 
@@ -163,12 +164,12 @@ def test_verdict_by_hand(tmp_path: Path) -> None:
 def test_without_the_published_gain_remoe_stands_where_it_is_affordable(tmp_path: Path) -> None:
     points = [_point("stock", 10.0, 2.0), _point("ReMoE", 10.05, 1.8, eor=0.31), _point("ReMoE", 10.2, 1.5, eor=0.32)]
     points[2]["strength"] = 2.0
-    write_page(points, 2, tmp_path)
+    write_page(points, 2, 5_000_000, tmp_path)
     page = (tmp_path / "study.md").read_text()
     assert page.startswith("No strength of ReMoE that was tried has the published gain of EOR. It stands here at 1, ")
     assert "### At ReMoE's perplexity, 10.05" in page
 
 
 def test_without_remoe_there_is_no_verdict(tmp_path: Path) -> None:
-    write_page([_point("stock", 10.0, 2.0), _point("cache-prior", 10.05, 1.8)], 2, tmp_path)
+    write_page([_point("stock", 10.0, 2.0), _point("cache-prior", 10.05, 1.8)], 2, 5_000_000, tmp_path)
     assert (tmp_path / "study.md").read_text().startswith("ReMoE was not run")
