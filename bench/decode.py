@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
-from bench.disk import MIB, THREADS, ReadRates, blob_files, measure_reads
+from bench.disk import MIB, THREADS, ReadRates, best_by_round, blob_files, measure_reads
 from profiles.bandwidth import measure_bandwidth
 from profiles.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.random_model import decode_random, random_ids
@@ -143,13 +143,8 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
 
 
 def summarise(slots: int, alone_share: float | None, rounds: Sequence[Round]) -> Setting:
-    """Medians over rounds.
-
-    The best raw rate is that of one setting, the best by all rounds: the best of a dozen within a round would be the
-    luckiest one, by some 5 %.
-    """
-    best = ReadRates.joined([r.raw for r in rounds]).best_setting
-    raws = [r.raw.by_setting[best] for r in rounds]
+    """Medians over rounds."""
+    raws = best_by_round([r.raw for r in rounds])
     floors = [r.floor_s(raw) for r, raw in zip(rounds, raws, strict=True)]
 
     def middle(value: Callable[[Round], float]) -> float:
@@ -223,7 +218,7 @@ def alone_share(engine: Engine) -> float | None:
     for _ in range(_ALONE_ROUNDS):
         raw.append(measure_reads(files, _ALONE_BYTES, 1, THREADS[1:]))
         own.append(_read_misses(engine, chooser))
-    return statistics.median(own) / ReadRates.joined(raw).best
+    return statistics.median(rate / best for rate, best in zip(own, best_by_round(raw), strict=True))
 
 
 def _read_misses(engine: Engine, chooser: np.random.Generator) -> float:
