@@ -31,7 +31,7 @@ def conclude(name: str, result: dict[str, Any]) -> dict[str, Any]:
 def run_main(body: Callable[[], object]) -> int:
     """Run a benchmark's body as a program: a line about the cores, one for an error, and the exit code."""
     usable, cores = core_counts()
-    bound = "" if usable == cores else ": it is bound to them (taskset, cpuset), and the figures are of that"
+    bound = "" if usable == cores else ": it is bound to them (taskset, cpuset, quota), and the figures are of that"
     print(f"bench: may run on {usable} of {cores} cores{bound}", file=sys.stderr)
     try:
         body()

@@ -68,7 +68,7 @@ def add_setup_arguments(parser: argparse.ArgumentParser, policy: bool = True) ->
     run.add_argument("--dtype", choices=["auto", *DTYPES], help=_help(EngineOptions, "dtype", "compute precision"))
     run.add_argument("--context", metavar="N", type=int,
                      help=f"tokens of prompt and answer (default: the model's, at most {DEFAULT_CONTEXT})")  # fmt: skip
-    run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: torch's choice)")
+    run.add_argument("--threads", metavar="N", type=int, help="threads of the arithmetic (default: one per core)")
     run.add_argument("--expert-kernel", choices=get_args(ExpertKernelName),
                      help=_help(EngineOptions, "expert_kernel", "on a GPU: one token's expert"))  # fmt: skip
     run.add_argument("--cuda-graphs", action="store_const", const=True,

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.control_groups import processor_quotas
+
 
 def describe() -> dict[str, Any]:
     """Device, cores, kernel, power mode, versions and commit; what cannot be found out is None."""
@@ -41,8 +43,11 @@ def device_name(root: Path = Path("/")) -> str:
 
 
 def core_counts() -> tuple[int, int | None]:
-    """Processor cores that this process may run on (taskset and cpusets bind it), and those of the machine."""
-    return len(os.sched_getaffinity(0)), os.cpu_count()
+    """Processor cores that this process may keep busy, whole ones (taskset and cpusets bind it, a quota of its control
+    group ends its time), and those of the machine.
+    """
+    quotas = [int(cores) for _, cores in processor_quotas()]
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas])), os.cpu_count()
 
 
 def power_mode() -> str | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
+from runtime.control_groups import memory_limits
 from runtime.errors import BudgetError
 
 OVERHEAD_BYTES = 300_000_000  # Python, torch and the activations: bench/memory_limit.py
 # What a build of torch for CUDA holds beyond that once it is imported, with a GPU or without: libcublasLt fills 86 MB
 # of tables when it is loaded, and more operators are registered. 131 MB with torch 2.13 for CUDA 13.
 CUDA_BUILD_BYTES = 140_000_000
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -57,32 +56,5 @@ def limit() -> tuple[int, str]:
     """Memory that this process may use, itself included, in bytes, and what sets the limit."""
     process = psutil.Process().memory_info().rss
     found = [(psutil.virtual_memory().available + process, "the machine's free memory")]
-    found += [(size, f"the memory limit of control group {name}") for name, size in _cgroup_limits()]
+    found += [(size, f"the memory limit of control group {name}") for name, size in memory_limits()]
     return min(found)
-
-
-def _cgroup_limits() -> list[tuple[str, int]]:
-    """Limits of the control groups (v1 and v2) that this process is in, from its own group upwards."""
-    found = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        parts = Path(path.lstrip("/")).parts
-        for depth in range(len(parts), -1, -1):
-            size = _read_limit(root.joinpath(*parts[:depth], name))
-            if size < _NO_LIMIT:
-                found.append(("/" + "/".join(parts[:depth]), size))
-    return found
-
-
-def _read_limit(file: Path) -> int:
-    try:
-        text = file.read_text().strip()
-    except OSError:  # the root group has no limit file, and a container may not see its parents
-        return _NO_LIMIT
-    return _NO_LIMIT if text == "max" else int(text)

@@ -21,6 +21,7 @@ from runtime.decoder import Decoder
 from runtime.errors import UsageError
 from runtime.kv_cache import KVCache
 from runtime.loader import Loader
+from runtime.machine import core_counts
 from runtime.memory import MemoryPlan
 from runtime.options import DEFAULT_CONTEXT, DTYPES, EngineOptions
 from runtime.router import Router, Routing
@@ -69,9 +70,7 @@ class Assembly:
         held then.
         """
         config, layout = bundle.config, bundle.manifest.expert
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        self.threads = torch.get_num_threads()
+        self.threads = _set_threads(options.threads, notes)
         self.tokenizer = _tokenizer(bundle)
         with contextlib.ExitStack() as held:
             self.storage = _open_storage(bundle, options, notes)
@@ -139,6 +138,19 @@ def _context(bundle: Bundle, options: EngineOptions, notes: list[str]) -> int:
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     names = [name for name in bundle.manifest.files if name.startswith("tokenizer/")]
     return Tokenizer.from_files({name.split("/")[1]: bundle.read(name) for name in names})
+
+
+def _set_threads(wanted: int | None, notes: list[str]) -> int:
+    """How many compute: torch's choice knows the cores that a process is bound to, and no quota of a container. More
+    threads than that wait for each other while the kernel holds one of them back.
+    """
+    own, usable = torch.get_num_threads(), core_counts()[0]
+    threads = wanted or min(own, usable)
+    if threads != own:
+        torch.set_num_threads(threads)
+        if wanted is None:
+            notes.append(f"arithmetic: {threads} of {own} threads: no more cores may be kept busy (quota, taskset)")
+    return threads
 
 
 def _open_storage(bundle: Bundle, options: EngineOptions, notes: list[str]) -> ExpertStorage:

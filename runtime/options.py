@@ -42,7 +42,7 @@ class EngineOptions:
     context: int | None = None  # tokens of the KV cache; default: the model's, at most DEFAULT_CONTEXT
     direct_io: bool = True
     read_threads: int = 8
-    threads: int | None = None  # of the arithmetic; default: the library's own choice
+    threads: int | None = None  # of the arithmetic; default: torch's choice, within the control group's CPU quota
     cuda_graphs: bool = False  # TensorRT: one launch per block and token; not the default until a GPU has shown a gain
     expert_kernel: ExpertKernelName = "torch"  # on a GPU, for single tokens; likewise
     record: Path | None = None
