@@ -42,7 +42,7 @@ class Strengths:
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
     active: tuple[float, ...]  # of the published rule while a router is tuned with it, and measured with it
-    after: tuple[float, ...]  # of the rule by energy over a router that was tuned for the miss loss without it
+    after: tuple[float, ...]  # of the rule by energy, over routers that were tuned without it
 
 
 def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterator[Method]:
@@ -82,9 +82,12 @@ def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterat
         for strength in strengths.active:
             active = replace(scaled(_PUBLISHED, weakest), cache_slots=size, prior=strength)
             yield Method("ReMoE, with the prior", strength, active, CachePrior(strength), slots=size)
-        cached = replace(PRESETS["cache"], miss=strengths.miss[-1], cache_slots=size)
-        for strength in strengths.after:
-            rule = CachePrior(strength, scaling="energy")
+    early = replace(scaled(_PUBLISHED, weakest), layer_strength=falling)
+    for strength in strengths.after:
+        rule = CachePrior(strength, scaling="energy")
+        yield Method("stronger in early layers, then by energy", strength, early, rule, policy="gate")
+        for size in slots:
+            cached = replace(PRESETS["cache"], miss=strengths.miss[-1], cache_slots=size)
             yield Method("miss loss, then by energy", strength, cached, rule, slots=size, policy="gate")
 
 
