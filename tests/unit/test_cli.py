@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,21 @@ def test_help_and_version_need_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("examples:\n  edge doctor")
     assert done.stdout.endswith("remoe-edge 0.1.0\n")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere spinning is short by itself")
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_of_torch_spin_briefly_unless_told(given: dict[str, str], count: str) -> None:
+    """Told by the library of threads that torch itself has loaded."""
+    code = "from edge import cli; cli._spin_briefly(); import torch"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    environment |= given | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
