@@ -17,7 +17,8 @@ TRAINING_FREE = {  # and what they are at strength 0
     "by energy": "stock",
     "by energy, gate-aware cache": "gate-aware cache",
 }
-PLOTTED = ("CE only", "ReMoE", "ReMoE without Trust", "miss loss, output anchor", *TRAINING_FREE)
+DECIDING = ("CE only", "ReMoE", "ReMoE without Trust", *TRAINING_FREE)  # full lines in the plot, others are dashed
+_LEGEND_COLUMNS = 6
 RULE = """Read off where a method costs as much as ReMoE does: its points, joined by straight lines in the order of
 their strengths (those of the rules begin at strength 0), give the fewest misses at a cost of at most that. Nothing is
 read beyond the points. In parentheses the range over seeds, then the saving as a multiple of ReMoE's.
@@ -214,6 +215,8 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
         ("perplexity, more than stock's in %", lambda row: row.perplexity),
         ("KL to the stock model, nats per token", lambda row: row.kl),
     ]
+    names = list(dict.fromkeys(p["method"] for p in points if p["method"] != "stock"))
+    colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(2, len(sizes), figsize=(3.7 * len(sizes), 7.4), squeeze=False, sharey="col")
     for column, size in zip(axes.T, sizes, strict=True):
         found = rows(points, size)
@@ -225,10 +228,10 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
             def x(row: Row, cost: Callable[[Row], float] = cost, scale: float = scale, zero: Row = stock) -> float:
                 return (cost(row) - cost(zero)) * scale
 
-            for number, name in enumerate(PLOTTED):
+            for number, name in enumerate(names):
                 line = [(x(row), row.misses) for row in _line(found, name)]
-                if any(row.method == name for row in found):
-                    axis.plot(*zip(*line, strict=True), "o-", ms=4, lw=1.2, label=name, color=f"C{number}")
+                style = "o-" if name in DECIDING else ".--"
+                axis.plot(*zip(*line, strict=True), style, ms=4, lw=1.2, label=name, color=colours(number))
             axis.plot(x(stock), stock.misses, "k*", ms=9, label="stock")
             if reference is not None:
                 axis.axvline(x(reference), color="grey", lw=0.8, ls=":")
@@ -238,7 +241,7 @@ def _plot(points: list[dict[str, Any]], sizes: list[int], top_k: int, path: Path
         column[0].set_title(f"{size} slots ({size / top_k:.1f} K)")
     for row in axes:
         row[0].set_ylabel("misses per layer and token")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncols=len(PLOTTED) + 1)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncols=_LEGEND_COLUMNS)
+    figure.tight_layout(rect=(0, 0.04 + 0.02 * (len(names) // _LEGEND_COLUMNS), 1, 1))
     figure.savefig(path, dpi=90)
     plt.close(figure)
