@@ -63,6 +63,7 @@ STUDIES = {
         test_tokens=8_000,
         strengths=Strengths(
             remoe=(0.1, 0.3, 1.0),
+            openings=(0.1, 0.3, 1.0),
             miss=(0.1, 0.3),
             prior=(0.1, 0.15, 0.2, 0.4, 0.6),
             energy=(0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.4, 0.6, 0.9),
@@ -85,6 +86,7 @@ STUDIES = {
         test_tokens=6_000,
         strengths=Strengths(
             remoe=(3.0, 10.0),
+            openings=(1.0, 3.0, 10.0),
             miss=(0.3,),
             prior=(0.1, 0.2, 0.3, 0.4),
             energy=(0.05, 0.065, 0.08, 0.11, 0.15, 0.2),
@@ -122,12 +124,15 @@ class Runner:
         point = asdict(measured) | {"seconds": round(time.monotonic() - started, 1)}
         return {"method": method.name, "strength": method.strength, "tuned_for": method.slots, "seed": seed, **point}
 
+    def methods(self) -> list[Method]:
+        """All of the study."""
+        return list(methods(self.study.strengths, self.study.tuned_slots, len(self.config.moe_layers)))
+
     def wanted(self, seeds: int, only: list[str] | None) -> list[tuple[Method, int]]:
         """Methods and seeds: those that decide with every seed, the others with the first; stock, with which all are
         compared, is always among them. Raises UsageError for a name that no method has.
         """
-        known = list(methods(self.study.strengths, self.study.tuned_slots, len(self.config.moe_layers)))
-        names = {method.name for method in known}
+        known, names = self.methods(), {method.name for method in self.methods()}
         if only and not set(only) <= names:
             raise UsageError(f"no method {min(set(only) - names)!r} (known: {', '.join(sorted(names))})")
         chosen = [method for method in known if not only or method.name in (*only, "stock")]
@@ -172,7 +177,7 @@ class Runner:
 
 
 def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> list[dict[str, Any]]:
-    """All points, those on file first."""
+    """All points, in the order of the methods whatever that of the file."""
     file = out / "points.jsonl"
     done = set(_points(file))
     wanted = runner.wanted(seeds, only)
@@ -187,7 +192,8 @@ def run_study(runner: Runner, seeds: int, out: Path, only: list[str] | None) -> 
             f"{number}/{len(wanted)} {method.key} seed {seed}: perplexity {quality['perplexity']:.3f}, KL "
             f"{quality['kl']:.4f}, EOR {quality['eor']:.3f}, misses {point['misses']} in {point['seconds']} s"
         )
-    return list(_points(file).values())
+    names = list(dict.fromkeys(method.name for method in runner.methods()))
+    return sorted(_points(file).values(), key=lambda point: names.index(point["method"]))
 
 
 def _points(file: Path) -> dict[tuple[str, float, int, int], dict[str, Any]]:

@@ -37,7 +37,8 @@ class Method:
 class Strengths:
     """How strongly each method is tried, on one model."""
 
-    remoe: tuple[float, ...]  # factor on all published locality terms, or weight of the term in their place
+    remoe: tuple[float, ...]  # factor on all published locality terms
+    openings: tuple[float, ...]  # the same where something else is changed, or weight of the term in their place
     miss: tuple[float, ...]  # weight of the miss loss, which has a natural scale
     prior: tuple[float, ...]  # of the published rule
     energy: tuple[float, ...]  # of the rule by energy
@@ -65,7 +66,7 @@ def methods(strengths: Strengths, slots: tuple[int, ...], layers: int) -> Iterat
     without_trust, anchored = replace(_PUBLISHED, trust=0.0), replace(_PUBLISHED, ce=0.0, trust=0.0, lm_kl=1.0)
     weakest = strengths.remoe[0]
     yield Method("ReMoE without Trust", weakest, scaled(without_trust, weakest))
-    for strength in strengths.remoe:
+    for strength in strengths.openings:
         yield Method("ReMoE, output anchor", strength, scaled(anchored, strength))
         for where, factors in (("early", falling), ("late", falling[::-1])):
             stronger = replace(scaled(_PUBLISHED, strength), layer_strength=factors)

@@ -45,14 +45,18 @@ class Row:
 
 
 def rows(points: Iterable[dict[str, Any]], slots: int) -> list[Row]:
-    """What each method does in a cache of that size: routers tuned for another size are left out."""
+    """What each method does in a cache of that size, by method and strength: routers tuned for another size are left
+    out.
+    """
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     sizes = {p["tuned_for"] for p in points} - {0}
     nearest = min(sizes, key=lambda size: abs(size - slots)) if sizes else 0
     for point in points:
         if point["tuned_for"] in (0, nearest):
             groups.setdefault((point["method"], point["strength"]), []).append(point)
-    return [_row(method, strength, slots, group) for (method, strength), group in groups.items()]
+    places = list(dict.fromkeys(method for method, _ in groups))
+    ordered = sorted(groups.items(), key=lambda item: (places.index(item[0][0]), item[0][1]))
+    return [_row(method, strength, slots, group) for (method, strength), group in ordered]
 
 
 def _row(method: str, strength: float, slots: int, group: list[dict[str, Any]]) -> Row:

@@ -75,7 +75,15 @@ def test_the_gate_aware_cache_changes_misses_and_nothing_else(bench: Bench) -> N
 
 
 def test_every_method_is_named_once_and_tunes_something() -> None:
-    strengths = Strengths(remoe=(0.1, 1.0), miss=(1.0,), prior=(0.1, 0.2), energy=(0.05,), active=(0.2,), after=(0.1,))
+    strengths = Strengths(
+        remoe=(0.1, 1.0),
+        openings=(0.1, 1.0),
+        miss=(1.0,),
+        prior=(0.1, 0.2),
+        energy=(0.05,),
+        active=(0.2,),
+        after=(0.1,),
+    )
     found = list(methods(strengths, (2, 4), 3))
     assert len({method.key for method in found}) == len(found)
     by_name = {method.name: method for method in found}
@@ -124,6 +132,14 @@ def test_rows_average_seeds_and_take_the_router_tuned_for_the_nearest_size() -> 
         2,
     )
     assert (miss.misses, miss.optimum) == (1.0, 0.5)
+
+
+def test_rows_stand_by_method_and_strength_whatever_the_order_of_the_points() -> None:
+    points = [_point(name, 10.0, 1.0) for name in ("stock", "ReMoE", "miss", "ReMoE")]
+    points[1]["strength"] = 3.0
+    assert [(row.method, row.strength) for row in rows(points, 4)] == [
+        ("stock", 1.0), ("ReMoE", 1.0), ("ReMoE", 3.0), ("miss", 1.0)
+    ]  # fmt: skip
 
 
 def _row(strength: float, perplexity: float, missed: float) -> Row:
