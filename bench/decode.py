@@ -46,7 +46,7 @@ class DecodeOptions:
 
     slots: tuple[int, ...]
     tokens: int = 48
-    rounds: int = 3
+    rounds: int = 5
     backend: str = "auto"
     dtype: str = "fp16"
     threads: int | None = None
