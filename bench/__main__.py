@@ -1,6 +1,6 @@
 """Every benchmark in turn, on a random checkpoint of the shape of Qwen1.5-MoE-A2.7B: `python -m bench --out out/bench`
 
-Takes about 1.2 GB of disk and 1.2 GB of memory (or disk) per layer, and a quarter of an hour with the default of 4 layers. The
+Takes about 1.2 GB of disk and 1.2 GB of memory (or disk) per layer, and ten minutes with the default of 4 layers. The
 checkpoint and the bundle are removed at the end unless --keep is given.
 """
 
