@@ -4,8 +4,8 @@
 
 Prints TPOT over the schedule floor (profiles/floor.py), without and with guesses of what the next layer will want (the
 floor knows of none, so they may go below it), over active bytes / memory bandwidth where every expert is resident, the
-rate of the engine's reads over the best raw one, by themselves and while tokens are decoded (arithmetic
-takes from the disk what it takes of memory and processor), and what a prefill of 512 tokens reads.
+rate of the engine's reads over the best raw one, by themselves and while tokens are decoded (between its bursts the
+disk falls idle, and arithmetic wants memory and processor, too), and what a prefill of 512 tokens reads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
-_READ_BYTES, _READ_ROUNDS = 128 * MIB, 2  # twice per round
+_READ_BYTES = 128 * MIB
+_TURN_TOKENS = 12  # raw reads, so many tokens, raw reads: a restless disk changes within seconds
 _ALONE_BYTES, _ALONE_ROUNDS = 256 * MIB, 8  # a disk's rate moves by some 10 % from one reading to the next
 
 
@@ -64,7 +66,7 @@ class Round:
     guessed: list[TokenRecord] | None
     costs: PartCosts
     slot_bytes: int
-    raw: ReadRates  # before and after
+    raw: ReadRates  # before, between and after
     memory_floor_s: float
 
     def floor_s(self, raw_bytes_per_s: float) -> float:
@@ -197,14 +199,21 @@ def _share(
 
 def _round(engine: Engine, guessing: Engine | None, parts: Parts, tokens: int, seed: int) -> Round:
     def ceiling() -> ReadRates:
-        return measure_reads(blob_files(engine.bundle.path), _READ_BYTES, _READ_ROUNDS, THREADS[1:])
+        return measure_reads(blob_files(engine.bundle.path), _READ_BYTES, 1, THREADS[1:])
 
-    before = ceiling()
+    raw = [ceiling()]
     memory, costs = measure_bandwidth().best, parts.measure()
-    records = decode_random(engine, tokens, seed)
-    guessed = None if guessing is None else decode_random(guessing, tokens, seed)
-    raw = ReadRates.joined([before, ceiling()])
-    return Round(records, guessed, costs, engine.slot_bytes, raw, active_bytes(engine.config) / memory)
+    streams = [decode_random(rival, tokens, seed) for rival in (engine, guessing) if rival is not None]
+    records: list[list[TokenRecord]] = [[] for _ in streams]
+    for _ in range(0, tokens, _TURN_TOKENS):
+        for stream, own in zip(streams, records, strict=True):
+            own += itertools.islice(stream, _TURN_TOKENS)
+        raw.append(ceiling())
+    plain, *guessed = records
+    memory_floor_s = active_bytes(engine.config) / memory
+    return Round(
+        plain, guessed[0] if guessed else None, costs, engine.slot_bytes, ReadRates.joined(raw), memory_floor_s
+    )
 
 
 def alone_share(engine: Engine) -> float | None:
@@ -305,12 +314,12 @@ def _print_setting(s: Setting, experts: int) -> None:
         say(f"          {s.prefetched_share:.0%} of the misses guessed, {s.wasted_share:.0%} of the bytes in vain")
     if s.slots_per_layer == experts:
         say(f"          {s.over_memory_floor:.2f} x active bytes / memory bandwidth (aim 1.3)")
+    if s.alone_share is not None:
+        say(f"  reads:  {s.alone_share:.0%} of the best raw rate by themselves (aim 90 %)")
     if s.read_bytes_per_s is not None and s.read_share is not None:
-        say(f"  reads:  {s.read_bytes_per_s / GB:.2f} GB/s = {s.read_share:.0%} of the best raw rate (aim 90 %)")
+        say(f"          {s.read_share:.0%} while tokens are decoded, {s.read_bytes_per_s / GB:.2f} GB/s")
     if s.prefetch_read_share is not None:
         say(f"          {s.prefetch_read_share:.0%} with guesses")
-    if s.alone_share is not None:
-        say(f"          {s.alone_share:.0%} while nothing is computed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,11 @@ The embedding is 64 times that, so that a token matters more to the routers than
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +146,8 @@ def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
     return [generator.randrange(vocab_size) for _ in range(count)]
 
 
-def decode_random(engine: Engine, tokens: int, seed: int) -> list[TokenRecord]:
-    """Records of the decode steps after a short random prompt, the first (cold) few left out."""
+def decode_random(engine: Engine, tokens: int, seed: int) -> Iterator[TokenRecord]:
+    """Records of the decode steps after a short random prompt, the first (cold) few left out, while they are made."""
     prompt = random_ids(engine.config.vocab_size, _PROMPT_TOKENS, seed)
     options = GenerateOptions(max_new_tokens=tokens, temperature=1.0, seed=seed, ignore_eos=True)
-    return [token.record for token in engine.generate(prompt, options)][_COLD_TOKENS:]
+    return itertools.islice((token.record for token in engine.generate(prompt, options)), _COLD_TOKENS, None)

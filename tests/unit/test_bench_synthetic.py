@@ -97,7 +97,7 @@ def test_all_resident_misses_nothing(bundle: Path) -> None:
 
     with Engine.open(bundle, EngineOptions(slots_per_layer=6, context=512, backend="torch")) as engine:
         _fill(engine)
-        records = decode_random(engine, tokens=8, seed=0)
+        records = list(decode_random(engine, tokens=8, seed=0))
     assert len(records) == 4
     assert sum(sum(r.misses) for r in records) == 0
     assert all(r.hits == [2, 2] for r in records)
