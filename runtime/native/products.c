@@ -6,7 +6,7 @@
  */
 #include "kernels.h"
 
-enum { LEAST_ROWS = 16, SMALL = 1 << 15, LARGE = 1 << 18 };
+enum { LEAST_ROWS = 16, SMALL = 1 << 17, LARGE = 1 << 18 };
 
 kernels_t edge_kernels;
 
@@ -39,7 +39,8 @@ static void some_rows(const void *job, ptrdiff_t begin, ptrdiff_t end) {
 }
 
 /* Rows that a thread takes at a time. Many, for memory is read fastest in long runs (64 KB at a time cost a tenth of the
- * rate on a Zen 5), but some eight pieces for every thread, as some are late. Very few values are the caller's alone. */
+ * rate on a Zen 5), but some eight pieces for every thread, as some are late. Few values are the caller's alone, who has
+ * read 256 KB before a helper is awake. */
 static ptrdiff_t grain(ptrdiff_t rows, ptrdiff_t cols) {
     if (rows * cols < SMALL) return rows;
     ptrdiff_t even = rows / (8 * edge_threads()), most = LARGE / cols;

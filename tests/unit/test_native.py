@@ -48,7 +48,7 @@ def test_threads_give_the_same_bits(library: ctypes.CDLL) -> None:
 
 def test_callers_take_turns(library: ctypes.CDLL) -> None:
     kernel = Kernel(library, 2)
-    weights = [torch.randn(400, 200).half() for _ in range(3)]
+    weights = [torch.randn(800, 200).half() for _ in range(3)]
     x = torch.randn(1, 200)
     expected = [kernel.linear(x, w) for w in weights]
     wrong: list[int] = []
@@ -126,7 +126,7 @@ def test_a_short_slice_keeps_policy_and_nice_value(library: ctypes.CDLL) -> None
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("inner", [5, 24, 200])  # pieces of 16 rows reach over the border of two experts
+@pytest.mark.parametrize("inner", [5, 24, 300])  # pieces of 16 rows reach over the border of two experts
 def test_experts_together_have_the_bits_of_each_alone(library: ctypes.CDLL, level: str, inner: int) -> None:
     kernel, hidden = start(library, level), 100
     values = [torch.randn(3 * inner * hidden).half() for _ in range(5)]
