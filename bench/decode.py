@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
-from bench.disk import MIB, THREADS, ReadRates, best_by_round, blob_files, measure_reads
+from bench.disk import MIB, THREADS, best_reader, blob_files
 from profiles.bandwidth import measure_bandwidth
 from profiles.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.random_model import decode_random, random_ids
@@ -37,9 +37,10 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
-_READ_BYTES = 128 * MIB
-_TURN_TOKENS = 12  # raw reads, so many tokens, raw reads: a restless disk changes within seconds
-_ALONE_BYTES, _ALONE_ROUNDS = 256 * MIB, 8  # a disk's rate moves by some 10 % from one reading to the next
+# A disk's rate moves by some 10 % from one reading to the next, and within seconds: many readings, all in turn.
+_READ_BYTES, _READINGS = 128 * MIB, 4
+_TURN_TOKENS = 12  # between raw readings
+_ALONE_READINGS = 64
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ class Round:
     guessed: list[TokenRecord] | None
     costs: PartCosts
     slot_bytes: int
-    raw: ReadRates  # before, between and after
+    raw_bytes_per_s: float  # median of readings before, between and after
     memory_floor_s: float
 
-    def floor_s(self, raw_bytes_per_s: float) -> float:
-        """The schedule floor with a disk of this rate."""
-        return median_floor(self.costs, Disk(self.slot_bytes, raw_bytes_per_s), self.records)
+    @property
+    def floor_s(self) -> float:
+        """The schedule floor with this disk."""
+        return median_floor(self.costs, Disk(self.slot_bytes, self.raw_bytes_per_s), self.records)
 
     @property
     def tpot_s(self) -> float:
@@ -139,15 +141,15 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
         elif options.prefetch:
             guesses = dataclasses.replace(plain, prefetch=options.prefetch)
             guessing = held.enter_context(Engine.open(bundle.path, guesses))
-        alone = alone_share(engine)
-        rounds = [_round(engine, guessing, parts, options.tokens, seed) for seed in range(options.rounds)]
+        raw = held.enter_context(best_reader(blob_files(bundle.path), _READ_BYTES, THREADS[1:]))
+        alone = alone_share(engine, raw)
+        rounds = [_round(engine, guessing, raw, parts, options.tokens, seed) for seed in range(options.rounds)]
         return summarise(slots, alone, rounds)
 
 
 def summarise(slots: int, alone_share: float | None, rounds: Sequence[Round]) -> Setting:
     """Medians over rounds."""
-    raws = best_by_round([r.raw for r in rounds])
-    floors = [r.floor_s(raw) for r, raw in zip(rounds, raws, strict=True)]
+    raws, floors = [r.raw_bytes_per_s for r in rounds], [r.floor_s for r in rounds]
 
     def middle(value: Callable[[Round], float]) -> float:
         return statistics.median(value(r) for r in rounds)
@@ -197,37 +199,36 @@ def _share(
     return sum(map(part, records)) / total if total else None
 
 
-def _round(engine: Engine, guessing: Engine | None, parts: Parts, tokens: int, seed: int) -> Round:
-    def ceiling() -> ReadRates:
-        return measure_reads(blob_files(engine.bundle.path), _READ_BYTES, 1, THREADS[1:])
+def _round(
+    engine: Engine, guessing: Engine | None, raw: Callable[[int], float], parts: Parts, tokens: int, seed: int
+) -> Round:
+    def ceiling() -> list[float]:
+        return [raw(_READ_BYTES) for _ in range(_READINGS)]
 
-    raw = [ceiling()]
+    rates = ceiling()
     memory, costs = measure_bandwidth().best, parts.measure()
     streams = [decode_random(rival, tokens, seed) for rival in (engine, guessing) if rival is not None]
     records: list[list[TokenRecord]] = [[] for _ in streams]
     for _ in range(0, tokens, _TURN_TOKENS):
         for stream, own in zip(streams, records, strict=True):
             own += itertools.islice(stream, _TURN_TOKENS)
-        raw.append(ceiling())
+        rates += ceiling()
     plain, *guessed = records
     memory_floor_s = active_bytes(engine.config) / memory
     return Round(
-        plain, guessed[0] if guessed else None, costs, engine.slot_bytes, ReadRates.joined(raw), memory_floor_s
+        plain, guessed[0] if guessed else None, costs, engine.slot_bytes, statistics.median(rates), memory_floor_s
     )
 
 
-def alone_share(engine: Engine) -> float | None:
+def alone_share(engine: Engine, raw: Callable[[int], float]) -> float | None:
     """Rate of the engine's reads over the best raw one, in turn, while nothing is computed; None where a layer misses
     fewer experts than a token takes.
     """
     rules, cache = engine.config.router, engine.decoder.cache
     if min(int((~cache.held(layer)).sum()) for layer in engine.config.moe_layers) < rules.top_k:
         return None
-    chooser, files, raw, own = np.random.default_rng(0), blob_files(engine.bundle.path), [], []
-    for _ in range(_ALONE_ROUNDS):
-        raw.append(measure_reads(files, _ALONE_BYTES, 1, THREADS[1:]))
-        own.append(_read_misses(engine, chooser))
-    return statistics.median(rate / best for rate, best in zip(own, best_by_round(raw), strict=True))
+    chooser = np.random.default_rng(0)
+    return statistics.median(_read_misses(engine, chooser) / raw(_READ_BYTES) for _ in range(_ALONE_READINGS))
 
 
 def _read_misses(engine: Engine, chooser: np.random.Generator) -> float:
@@ -235,7 +236,7 @@ def _read_misses(engine: Engine, chooser: np.random.Generator) -> float:
     checked and in their slots: while a blob is on its way, as records tell it.
     """
     cache, read_bytes, busy_ns = engine.decoder.cache, 0, 0
-    while read_bytes < _ALONE_BYTES:
+    while read_bytes < _READ_BYTES:
         layer = int(chooser.choice(engine.config.moe_layers))
         missing = np.flatnonzero(~cache.held(layer))
         wanted = chooser.choice(missing, engine.config.router.top_k, replace=False).tolist()

@@ -7,12 +7,13 @@ python -m bench.disk out/scratch --write   write a scratch file there, and read 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,6 @@ class ReadRates:
 
     readings: dict[Setting, list[float]]
 
-    @classmethod
-    def joined(cls, parts: Sequence[ReadRates]) -> ReadRates:
-        """All readings of the same settings."""
-        return cls(
-            {setting: [rate for part in parts for rate in part.readings[setting]] for setting in parts[0].readings}
-        )
-
     @property
     def by_setting(self) -> dict[Setting, float]:
         """Medians."""
@@ -57,17 +51,6 @@ class ReadRates:
         """The one with the highest median."""
         medians = self.by_setting
         return max(medians, key=medians.__getitem__)
-
-
-def best_by_round(rounds: Sequence[ReadRates]) -> list[float]:
-    """In each round the rate of the setting that was best in all others: what the best of a dozen settings does, and
-    not what the luckiest did. Where the best is chosen by the readings that rate it, a raw reader falls short of itself
-    by 1 to 4 % on a restless disk.
-    """
-    if len(rounds) == 1:
-        return [rounds[0].best]
-    others = (ReadRates.joined([r for r in rounds if r is not this]).best_setting for this in rounds)
-    return [this.by_setting[setting] for this, setting in zip(rounds, others, strict=True)]
 
 
 def measure_reads(
@@ -90,6 +73,21 @@ def measure_reads(
     finally:
         reader.close()
     return ReadRates({settings[name]: rates for name, rates in results.items()})
+
+
+@contextlib.contextmanager
+def best_reader(files: Sequence[Path], sweep_bytes: int, threads: Sequence[int]) -> Iterator[Callable[[int], float]]:
+    """What reads so many bytes with the best setting and says at how many bytes/s, to be called in turn with a rival.
+
+    The setting comes from a sweep of its own: where the readings that choose it rate it, too, a raw reader falls short
+    of itself by 1 to 4 % on a restless disk. Raises UsageError for files that cannot be read.
+    """
+    block, count = measure_reads(files, sweep_bytes, threads=threads).best_setting
+    reader = RawReader.open(files)
+    try:
+        yield lambda total_bytes: reader.rate(block, count, total_bytes)
+    finally:
+        reader.close()
 
 
 def measure_write(folder: Path, total_bytes: int = 1024 * MIB) -> float:

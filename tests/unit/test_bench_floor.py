@@ -16,7 +16,7 @@ from bench import disk
 from bench.cgroup import MemoryGroup, Verdict
 from bench.common import interleaved
 from bench.decode import DecodeOptions, Round, parse_slots, summarise
-from bench.disk import MIB, ReadRates, best_by_round, blob_files, measure_reads, measure_write
+from bench.disk import MIB, ReadRates, best_reader, blob_files, measure_reads, measure_write
 from bench.export import shares_of_ceiling
 from bench.memory_limit import LimitOptions, check_enough, check_refused
 from profiles.bandwidth import median_seconds
@@ -91,11 +91,9 @@ def test_shares_are_taken_within_a_round() -> None:
     rounds = []
     for slower in (1.0, 2.0, 2.0):
         costs = PartCosts(*(slower * cost for cost in dataclasses.astuple(COSTS)))
-        lucky = 1200.0 if slower == 1 else 1.0  # the best of one round, not of all
-        raw = ReadRates({(MIB, 4): [1000.0 / slower], (None, 4): [lucky]})
         token = dataclasses.replace(record([3], [1]), bytes=900, read_busy_ms=1000.0 * slower)
-        round_ = Round([token], None, costs, 1000, raw, 3.0 * slower)
-        floor_ms = 1000 * round_.floor_s(1000.0 / slower)
+        round_ = Round([token], None, costs, 1000, 1000.0 / slower, 3.0 * slower)
+        floor_ms = 1000 * round_.floor_s
         token = dataclasses.replace(token, total_ms=1.5 * floor_ms)
         guessed = dataclasses.replace(token, total_ms=1.2 * floor_ms, prefetched=1, wasted_bytes=90)
         rounds.append(dataclasses.replace(round_, records=[token], guessed=[guessed]))
@@ -115,17 +113,24 @@ def test_shares_are_taken_within_a_round() -> None:
 
 
 def test_best_of_read_rates() -> None:
-    parts = [ReadRates({(MIB, 1): [1.0], (MIB, 4): [fast], (None, 1): [2.0]}) for fast in (3.0, 9.0, 1.0)]
-    rates = ReadRates.joined(parts)
+    rates = ReadRates({(MIB, 1): [1.0] * 3, (MIB, 4): [3.0, 9.0, 1.0], (None, 1): [2.0] * 3})
     assert (rates.best, rates.best_setting) == (3.0, (MIB, 4))
 
 
-def test_the_best_setting_of_a_round_is_chosen_by_the_others() -> None:
-    """A lucky round does not vote for itself."""
-    rounds = [ReadRates({(MIB, 1): [3.0, 3.2], (MIB, 4): [lucky, lucky]}) for lucky in (9.0, 4.0, 1.0)]
-    assert ReadRates.joined(rounds).best_setting == (MIB, 4)
-    assert best_by_round(rounds) == pytest.approx([3.1, 4.0, 1.0])  # 2.5, 5 and 6.5 against 3.1
-    assert best_by_round(rounds[:1]) == [9.0]
+def test_the_readings_that_choose_a_setting_do_not_rate_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, asked = iter([5.0, 9.0, 1.0] * 3), []
+
+    def rate(_: object, block: int | None, threads: int, total_bytes: int) -> float:
+        asked.append((block, threads, total_bytes))
+        return next(sweep, 2.0)
+
+    (tmp_path / "blob").write_bytes(bytes(MIB))
+    monkeypatch.setattr("bench.disk.RawReader.rate", rate)
+    monkeypatch.setattr("bench.disk.BLOCKS", (MIB,))
+    with best_reader([tmp_path / "blob"], 100, (2, 4, 8)) as raw:
+        found = raw(7)
+    assert found == 2.0
+    assert asked == [(MIB, count, 100) for count in (2, 4, 8)] * 3 + [(MIB, 4, 7)]
 
 
 def test_rivals_take_turns() -> None:

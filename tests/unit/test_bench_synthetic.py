@@ -76,8 +76,7 @@ def test_index_counts_every_byte(checkpoint: Path) -> None:
 
 
 def test_parts_and_one_setting(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_READ_BYTES", "_ALONE_BYTES"):
-        monkeypatch.setattr(f"bench.decode.{name}", 1 << 20)
+    monkeypatch.setattr("bench.decode._READ_BYTES", 1 << 20)
     opened = Bundle.open(bundle)
     parts = Parts.load(opened, "torch", DTYPES["fp16"])
     options = DecodeOptions(slots=(2,), tokens=8, rounds=1, backend="torch")
