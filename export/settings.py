@@ -12,6 +12,6 @@ class ExportOptions:
     """
 
     graphs: tuple[str, ...] = ("fp16", "fp32")
-    workers: int = 8  # more than cores: most of them wait for the disk
+    workers: int = 16  # more than cores: most of them wait for the disk
     force: bool = False
     name: str | None = None

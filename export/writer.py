@@ -23,9 +23,10 @@ from export.filesystem import FileSystem
 from export.journal import Identity, Journal
 from runtime.errors import CheckpointError, UsageError
 from runtime.layout import MANIFEST, padded
+from runtime.machine import core_counts
 from runtime.manifest import FileEntry
 
-CHUNK_BYTES = 4 << 20  # one write
+CHUNK_BYTES = 8 << 20  # one write
 PIECE_BYTES = 1 << 20  # made and hashed while it is in the processor's cache
 _SPARE_BYTES = 16 << 20  # directories, journal, manifest
 
@@ -68,6 +69,8 @@ class BundleWriter:
         self._lock = lock
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
+        # Workers that shared the cores would all come to their writes at once, and the disk be idle until then.
+        self._computing = threading.Semaphore(core_counts()[0])
 
     def write(self, files: Sequence[PlannedFile], progress: Callable[[ProgressEvent], None]) -> dict[str, FileEntry]:
         """Write (or find finished) every file; their entries for the manifest.
@@ -183,10 +186,11 @@ class BundleWriter:
                 if self._stop.is_set():
                     raise _StoppedError
                 size = min(CHUNK_BYTES, file.bytes - start)
-                for piece in range(0, size, PIECE_BYTES):
-                    part = buffer[piece : min(piece + PIECE_BYTES, size)]
-                    file.content.fill(start + piece, part)
-                    hashes.update(part)
+                with self._computing:
+                    for piece in range(0, size, PIECE_BYTES):
+                        part = buffer[piece : min(piece + PIECE_BYTES, size)]
+                        file.content.fill(start + piece, part)
+                        hashes.update(part)
                 write_whole(fs, descriptor, buffer[: padded(size)])
             if file.bytes % CHUNK_BYTES != padded(file.bytes % CHUNK_BYTES):
                 fs.truncate(descriptor, file.bytes)  # O_DIRECT writes whole pages only
