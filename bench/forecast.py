@@ -206,7 +206,9 @@ def _generate(engine: Engine, options: ForecastOptions) -> GenerateOptions:
 
 @contextmanager
 def _engine(path: Path, router: str, slots: int | None, options: ForecastOptions) -> Iterator[Engine]:
-    settings = EngineOptions(slots_per_layer=slots, router=router, context=_CONTEXT, threads=options.threads)
+    settings = EngineOptions(
+        slots_per_layer=slots, prefetch=0, router=router, context=_CONTEXT, threads=options.threads
+    )
     with Engine.open(path, settings) as engine:
         yield engine
 

@@ -111,6 +111,8 @@ def _check(args: argparse.Namespace) -> tuple[EngineOptions, list[EngineOptions]
     setup, policies = engine_options(bare), args.policies or [EngineOptions.policy]
     if (args.replay or args.overlap) and (len(policies) > 1 or GATE in policies):
         raise UsageError("--replay and --overlap go with one --policy, and not with gate, which needs a real router")
+    if (args.replay or args.overlap) and setup.prefetch is None:
+        setup = dataclasses.replace(setup, prefetch=0)  # a recording cannot be guessed: no rival may have guesses then
     routes = bool(args.routers or args.routings or not (args.replay or args.overlap))
     routings = (args.routings or ["stock"]) if routes else []
     if prior and "cache-prior" not in routings:

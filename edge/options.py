@@ -56,7 +56,7 @@ def add_setup_arguments(parser: argparse.ArgumentParser, policy: bool = True) ->
         "--prefetch",
         metavar="N",
         type=int,
-        help=_help(EngineOptions, "prefetch", "experts of the next layer that are read on a guess"),
+        help="experts of the next layer that are read on a guess (default: 1 on a CPU with memory for it, else 0)",
     )
     cache.add_argument("--no-direct-io", dest="direct_io", action="store_const", const=False,
                        help="read through the page cache instead of past it")  # fmt: skip

@@ -87,7 +87,8 @@ def measure(models: Models, threads: int | None, seconds: float, tick: Tick) -> 
         decodings = {}
         for name, options in MODELS.items():
             tick("engine")
-            settings = [EngineOptions(slots_per_layer=slots, threads=threads) for slots in cache_sizes(options)]
+            plain = EngineOptions(threads=threads, prefetch=0)  # a forecast knows nothing of guesses
+            settings = [replace(plain, slots_per_layer=slots) for slots in cache_sizes(options)]
             engines = [stack.enter_context(Engine.open(models[name], setting)) for setting in settings]
             decodings[name] = [_Decoding(engine) for engine in engines]
         rates: dict[tuple[int, int], list[float]] = {}

@@ -19,10 +19,13 @@ _KEEP_FREE = 0.1  # share of the free memory that an automatic budget leaves to 
 
 @dataclass(frozen=True)
 class Slots:
-    """A resolved expert budget: slots over all layers, and per layer where the scope is "layer"."""
+    """A resolved expert budget: slots over all layers, and per layer where the scope is "layer"; beside those, slots
+    for experts that are read on a guess.
+    """
 
     total: int
     per_layer: int | None
+    beside: int = 0
 
 
 def plan_run(
@@ -34,10 +37,21 @@ def plan_run(
     """
     rest = _without_experts(bundle, backend, dtype, context)
     limit_bytes, limit_name = limit()
-    slots = _resolve(bundle, options, rest, limit_bytes, notes)
-    plan = replace(rest, expert_bytes=(slots.total + options.prefetch) * bundle.manifest.expert.file_bytes)
+    slots, left_bytes = _resolve(bundle, options, rest, limit_bytes, notes)
+    config, slot_bytes = bundle.config, bundle.manifest.expert.file_bytes
+    beside = guesses(config, slots, backend, left_bytes // slot_bytes) if options.prefetch is None else options.prefetch
+    plan = replace(rest, expert_bytes=(slots.total + beside) * slot_bytes)
     plan.check(limit_bytes, limit_name)
-    return slots, plan
+    return replace(slots, beside=beside), plan
+
+
+def guesses(config: ModelConfig, slots: Slots, backend: str, left: int) -> int:
+    """How many experts are read on a guess where nobody says so: one, on a CPU, if the budget has `left` a slot for it.
+
+    To take one from every layer would cost more than guesses save. A GPU has not shown yet what it gains.
+    """
+    everything = len(config.moe_layers) * config.router.num_experts
+    return int(backend in backends.ON_CPU and slots.total < everything and left > 0)
 
 
 def _without_experts(bundle: Bundle, backend: str, dtype: torch.dtype, context: int) -> MemoryPlan:
@@ -57,22 +71,28 @@ def overhead_bytes() -> int:
     return OVERHEAD_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
 
 
-def _resolve(bundle: Bundle, options: EngineOptions, rest: MemoryPlan, limit_bytes: int, notes: list[str]) -> Slots:
+def _resolve(
+    bundle: Bundle, options: EngineOptions, rest: MemoryPlan, limit_bytes: int, notes: list[str]
+) -> tuple[Slots, int]:
+    """Slots, and the bytes that the budget has left; a number of slots is one more slot of memory."""
     config, slot_bytes = bundle.config, bundle.manifest.expert.file_bytes
-    beside = options.prefetch * slot_bytes
+    beside = (options.prefetch or 0) * slot_bytes
     if options.slots_per_layer is not None:
         if options.slots_per_layer > config.router.num_experts:
             notes.append(f"slots: {config.router.num_experts} per layer, one for each expert, are all it can use")
-        return slots_per_layer(config, slot_bytes, options.slots_per_layer, options.scope)
+        slots = slots_per_layer(config, slot_bytes, options.slots_per_layer, options.scope)
+        return slots, slot_bytes
     if options.expert_memory_bytes is not None:
-        return slots_for_budget(config, slot_bytes, options.expert_memory_bytes - beside, options.scope)
+        budget = options.expert_memory_bytes - beside
+        slots = slots_for_budget(config, slot_bytes, budget, options.scope)
+        return slots, budget - slots.total * slot_bytes
     # Without a wish: what fits beside the rest with some memory to spare, but at least one token cycle.
     free = int((limit_bytes - rest.total_bytes) * (1 - _KEEP_FREE))
     budget = max(free - beside, config.experts_per_token * slot_bytes)
     slots = slots_for_budget(config, slot_bytes, budget, options.scope)
     share = slots.total / (len(config.moe_layers) * config.router.num_experts)
     notes.append(f"expert memory: {slots.total * slot_bytes / 1e6:.0f} MB, {share:.0%} of all experts, fits here")
-    return slots
+    return slots, budget - slots.total * slot_bytes
 
 
 def slots_for_budget(config: ModelConfig, slot_bytes: int, budget_bytes: int, scope: str) -> Slots:

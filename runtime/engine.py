@@ -191,7 +191,7 @@ class Engine:
             "routing": "replay" if replays else str(options.prior or "stock"),
             "policy": options.policy,
             "scope": options.scope,
-            "prefetch": options.prefetch,
+            "prefetch": 0 if replays else resolved.slots.beside,
             "slots_per_layer": resolved.slots.per_layer,
             "slots": resolved.slots.total,
             "direct_io": self._assembly.storage.direct,
@@ -229,8 +229,8 @@ class Engine:
     def replay(self, steps: Steps) -> None:
         """Route as recorded, from the first token of the next sequence on; `use_router` ends it.
 
-        Raises UsageError for steps of a model of another shape, and with prefetching, which would have nothing to guess
-        from; a sequence that goes on after the steps raises it, too.
+        Nothing is read on a guess meanwhile: a recording gives nothing to guess from. Raises UsageError for steps of a
+        model of another shape, where guesses were asked for, and in a sequence that goes on after the steps.
         """
         if self.options.prefetch:
             raise UsageError(f"--prefetch {self.options.prefetch}: a replayed routing cannot be guessed: leave it out")

@@ -46,7 +46,7 @@ def resolve(bundle: Bundle, options: EngineOptions, notes: list[str]) -> Resolve
     Raises UsageError, or BudgetError with the sum.
     """
     options.check()
-    if options.prefetch > bundle.config.router.top_k:
+    if options.prefetch is not None and options.prefetch > bundle.config.router.top_k:
         raise UsageError(
             f"--prefetch {options.prefetch}: expected 0 to {bundle.config.router.top_k}, the experts of a token"
         )
@@ -79,7 +79,7 @@ class Assembly:
                 self.backend = _load_backend(bundle, options, resolved, notes)
                 self.router = Router.load(bundle, options.router, self.backend.device)
             self.arena = self.backend.allocate_slots(
-                resolved.slots.total + options.prefetch, layout.file_bytes, layout.bytes
+                resolved.slots.total + resolved.slots.beside, layout.file_bytes, layout.bytes
             )
             with contextlib.ExitStack() as unread:  # until there is a loader, nothing else gives the memory back
                 unread.callback(self.arena.close)
@@ -94,7 +94,7 @@ class Assembly:
                 self.loader,
                 options.policy,
                 options.scope,
-                options.prefetch,
+                resolved.slots.beside,
             )
             kv_cache = KVCache(config, resolved.context, DTYPES[resolved.dtype], self.backend.device)
             routing = self.routing(self.router, options.prior)

@@ -33,7 +33,7 @@ class EngineOptions:
     expert_memory_bytes: int | None = None
     scope: Scope = "layer"
     policy: str = "lru"
-    prefetch: int = 0  # experts of the next layer that are read on a guess, into as many slots of their own
+    prefetch: int | None = None  # experts of the next layer that are read on a guess; None: see runtime.budget.guesses
     router: str = "base"
     routing: Literal["stock", "cache-prior"] = "stock"
     prior_strength: float = CachePrior.strength
@@ -65,7 +65,7 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.removesuffix('_bytes').replace('_', '-')} {value}: expected at least 1")
-        if self.prefetch < 0:
+        if self.prefetch is not None and self.prefetch < 0:
             raise UsageError(f"--prefetch {self.prefetch}: expected 0 (no guesses) or more")
         for name in ("threads", "read_threads"):
             value = getattr(self, name)

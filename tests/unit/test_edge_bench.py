@@ -119,7 +119,8 @@ def test_figures_are_what_the_lines_say(edge: Edge) -> None:
         misses = sum(sum(row["misses"]) for row in rows)
         assert found["misses_per_token"] == misses / 6
         assert found["hit_rate"] == pytest.approx(1 - misses / (6 * 2 * 3))  # tokens x layers x top-k
-        assert found["bytes_per_token"] == sum(row["bytes"] for row in rows) / 6 == misses * 16384 / 6
+        wasted = sum(row["wasted_bytes"] for row in rows)
+        assert found["bytes_per_token"] == sum(row["bytes"] for row in rows) / 6 == (misses * 16384 + wasted) / 6
         assert found["waiting_share"] == pytest.approx(sum(row["wait_ms"] for row in rows) / sum(times))
         busy = sum(row["read_busy_ms"] for row in rows)
         assert found["read_bytes_per_s"] == pytest.approx(sum(row["bytes"] for row in rows) / busy * 1000)

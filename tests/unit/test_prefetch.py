@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import threading
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from export.exporter import export_bundle
+from runtime.budget import Slots, guesses
+from runtime.bundle import Bundle
 from runtime.cache import CacheStats, ExpertCache
 from runtime.engine import Engine, EngineOptions, GenerateOptions
 from runtime.errors import ReadError, UsageError
@@ -189,9 +192,9 @@ def run(bundle: Path, **options: Any) -> tuple[list[int], list[Any], dict[str, A
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("routing", ["stock", "cache-prior"])
 def test_the_engine_says_and_caches_what_it_would_without(bundle: Path, backend: str, routing: str) -> None:
-    ids, cached, plain = run(bundle, backend=backend, routing=routing)
-    for count in (1, 3):
-        found = run(bundle, backend=backend, routing=routing, prefetch=count)
+    ids, cached, plain = run(bundle, backend=backend, routing=routing, prefetch=0)
+    for wish, count in ((None, 1), (1, 1), (3, 3)):
+        found = run(bundle, backend=backend, routing=routing, prefetch=wish)
         assert found[:2] == (ids, cached)
         records, slot = found[2]["records"], 16384
         assert found[2]["expert_budget_bytes"] == plain["expert_budget_bytes"] + count * slot
@@ -200,15 +203,32 @@ def test_the_engine_says_and_caches_what_it_would_without(bundle: Path, backend:
         for record in records:
             assert record.bytes == sum(record.misses) * slot + record.wasted_bytes
             assert record.prefetched <= sum(record.misses[1:])  # nobody guesses for the first layer
-    assert plain["prefetched_share"] == 0.0
+    assert plain["prefetched_share"] == plain["prefetch"] == 0
 
 
-def test_the_memory_for_guesses_is_part_of_the_budget(bundle: Path) -> None:
-    for prefetch, slots in ((0, 5), (1, 4)):
-        options = EngineOptions(expert_memory_bytes=15 * 16384, context=64, prefetch=prefetch)
-        with Engine.open(bundle, options) as engine:
-            assert engine.slots.per_layer == slots
-            assert engine.expert_budget_bytes <= 15 * 16384
+@pytest.mark.parametrize(
+    ("budget", "wish", "per_layer", "count"),
+    [
+        (15, 0, 5, 0),
+        (15, 1, 4, 1),
+        (15, None, 5, 0),  # nothing is left for a guess, and a slot less in every layer would cost more
+        (16, None, 5, 1),
+        (17, None, 5, 1),
+        (22, None, 7, 0),  # all experts are here: there is nothing to guess
+    ],
+)
+def test_the_memory_for_guesses_is_part_of_the_budget(
+    bundle: Path, budget: int, wish: int | None, per_layer: int, count: int
+) -> None:
+    options = EngineOptions(expert_memory_bytes=budget * 16384, context=64, prefetch=wish)
+    with Engine.open(bundle, options) as engine:
+        assert (engine.slots.per_layer, engine.settings()["prefetch"]) == (per_layer, count)
+        assert engine.expert_budget_bytes == (3 * per_layer + count) * 16384
+
+
+def test_no_guesses_by_default_on_a_gpu(bundle: Path) -> None:
+    with contextlib.closing(Bundle.open(bundle)) as opened:
+        assert [guesses(opened.config, Slots(12, 4), name, 1) for name in ("onnxruntime", "cuda")] == [1, 0]
 
 
 def test_refusals(bundle: Path) -> None:

@@ -118,10 +118,10 @@ def test_what_is_replayed_is_what_is_seen_and_reported(bundle: Path) -> None:
         assert block is not None
         assert block.experts.tolist() == trace.experts[:11].tolist()
         assert np.array_equal(block.weights, trace.weights[:11].astype(np.float32))
-        assert engine.report()["routing"] == "replay"
+        assert (engine.report()["routing"], engine.report()["prefetch"]) == ("replay", 0)
         engine.use_router("base")
         list(engine.generate([1, 2], GenerateOptions(2)))
-        assert engine.report()["routing"] == "stock"
+        assert (engine.report()["routing"], engine.report()["prefetch"]) == ("stock", 1)
 
 
 def test_every_sequence_begins_with_the_first_row(bundle: Path) -> None:
