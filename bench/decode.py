@@ -18,7 +18,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 
 from bench.common import GB, MB, conclude, run_main, say, set_threads
 from bench.disk import MIB, THREADS, best_reader, blob_files
-from profiles.bandwidth import measure_bandwidth
+from profiles.bandwidth import Bandwidth, BandwidthReader, field_medians
 from profiles.floor import Disk, PartCosts, Parts, active_bytes, median_floor
 from profiles.random_model import decode_random, random_ids
 from runtime import backends
@@ -38,9 +38,10 @@ from runtime.options import DTYPES
 from runtime.records import TokenRecord
 
 PREFILL_TOKENS = 512
-# A disk's rate moves by some 10 % from one reading to the next, and within seconds: many readings, all in turn.
+# The rates of a disk and of a memory that others use, too, move by some 10 % from one reading to the next, and within
+# seconds: many readings, all in turn with tokens.
 _READ_BYTES, _READINGS = 128 * MIB, 4
-_TURN_TOKENS = 12  # between raw readings
+_TURN_TOKENS = 12  # between readings
 _ALONE_READINGS = 64
 
 
@@ -68,7 +69,7 @@ class Round:
     guessed: list[TokenRecord] | None
     costs: PartCosts
     slot_bytes: int
-    raw_bytes_per_s: float  # median of readings before, between and after
+    raw_bytes_per_s: float  # this and the ceilings beside it: medians of readings before, between and after
     memory_floor_s: float
 
     @property
@@ -145,7 +146,8 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
             guessing = held.enter_context(Engine.open(bundle.path, guesses))
         raw = held.enter_context(best_reader(blob_files(bundle.path), _READ_BYTES, THREADS[1:]))
         alone = alone_share(engine, raw)
-        rounds = [_round(engine, guessing, raw, parts, options.tokens, seed) for seed in range(options.rounds)]
+        memory, seeds = BandwidthReader(), range(options.rounds)
+        rounds = [_round(engine, guessing, _Ceilings(raw, parts, memory), options.tokens, seed) for seed in seeds]
         return summarise(slots, alone, rounds)
 
 
@@ -163,7 +165,6 @@ def summarise(slots: int, alone_share: float | None, rounds: Sequence[Round]) ->
     reads = [rate for r in rounds if (rate := r.read_bytes_per_s)]
     times = [time for r in rounds if (time := r.guessed_tpot_s)]
     guessed = [record for r in rounds for record in r.guessed or ()]
-    parts = {name: middle(lambda r, name=name: getattr(r.costs, name)) for name in PartCosts.__dataclass_fields__}  # type: ignore[misc]
     return Setting(
         slots_per_layer=slots,
         hit_rate=middle(lambda r: r.hit_rate),
@@ -181,7 +182,7 @@ def summarise(slots: int, alone_share: float | None, rounds: Sequence[Round]) ->
         read_bytes_per_s=statistics.median(reads) if reads else None,
         read_share=share(lambda r: r.read_bytes_per_s, raws),
         alone_share=alone_share,
-        parts=PartCosts(**parts),
+        parts=field_medians([r.costs for r in rounds]),
     )
 
 
@@ -201,24 +202,39 @@ def _share(
     return sum(map(part, records)) / total if total else None
 
 
-def _round(
-    engine: Engine, guessing: Engine | None, raw: Callable[[int], float], parts: Parts, tokens: int, seed: int
-) -> Round:
-    def ceiling() -> list[float]:
-        return [raw(_READ_BYTES) for _ in range(_READINGS)]
+@dataclass
+class _Ceilings:
+    """What disk, processor and memory give, read again and again in turn with tokens."""
 
-    rates = ceiling()
-    memory, costs = measure_bandwidth().best, parts.measure()
+    raw: Callable[[int], float]
+    parts: Parts
+    memory: BandwidthReader
+    rates: list[float] = field(default_factory=list)
+    costs: list[PartCosts] = field(default_factory=list)
+    bandwidths: list[Bandwidth] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Each of them."""
+        self.rates += [self.raw(_READ_BYTES) for _ in range(_READINGS)]
+        self.costs.append(self.parts.measure())
+        self.bandwidths.append(self.memory.read())
+
+
+def _round(engine: Engine, guessing: Engine | None, ceilings: _Ceilings, tokens: int, seed: int) -> Round:
+    ceilings.read()
     streams = [decode_random(rival, tokens, seed) for rival in (engine, guessing) if rival is not None]
     records: list[list[TokenRecord]] = [[] for _ in streams]
     for _ in range(0, tokens, _TURN_TOKENS):
         for stream, own in zip(streams, records, strict=True):
             own += itertools.islice(stream, _TURN_TOKENS)
-        rates += ceiling()
-    plain, *guessed = records
-    memory_floor_s = active_bytes(engine.config) / memory
+        ceilings.read()
     return Round(
-        plain, guessed[0] if guessed else None, costs, engine.slot_bytes, statistics.median(rates), memory_floor_s
+        records=records[0],
+        guessed=records[1] if guessing else None,
+        costs=field_medians(ceilings.costs),
+        slot_bytes=engine.slot_bytes,
+        raw_bytes_per_s=statistics.median(ceilings.rates),
+        memory_floor_s=active_bytes(engine.config) / field_medians(ceilings.bandwidths).best,
     )
 
 

@@ -5,15 +5,22 @@ Every buffer is far larger than a processor's cache and used in turn, so that ea
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _ROWS, _COLUMNS = 8192, 4096  # 64 MiB of fp16
 _BUFFERS = 8
+_Figures = TypeVar("_Figures", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -30,18 +37,36 @@ class Bandwidth:
         return max(self.gemv_bytes_per_s, self.sum_bytes_per_s, self.copy_bytes_per_s)
 
 
-@torch.inference_mode()
+class BandwidthReader:
+    """Reads bandwidth as often as it is asked to, with torch's current number of threads; holds 1 GiB of memory."""
+
+    def __init__(self) -> None:
+        self._matrices = [torch.full((_ROWS, _COLUMNS), 0.5, dtype=torch.float16) for _ in range(_BUFFERS)]
+        self._floats = [m.view(torch.float32) for m in self._matrices]
+        self._targets = [f.clone() for f in self._floats]
+        self._vector = torch.ones(1, _COLUMNS, dtype=torch.float16)
+
+    @torch.inference_mode()
+    def read(self) -> Bandwidth:
+        """Once over every buffer with each of them, a tenth of a second or so."""
+        size, copies = self._matrices[0].nbytes, list(zip(self._targets, self._floats, strict=True))
+        gemv = median_seconds([partial(torch.nn.functional.linear, self._vector, m) for m in self._matrices], 1)
+        plain = median_seconds([f.sum for f in self._floats], 1)
+        copy = median_seconds([partial(target.copy_, f) for target, f in copies], 1)
+        return Bandwidth(size / gemv, size / plain, 2 * size / copy)
+
+
 def measure_bandwidth(rounds: int = 5) -> Bandwidth:
-    """With torch's current number of threads; takes 1 GiB of memory and a few seconds."""
-    matrices = [torch.full((_ROWS, _COLUMNS), 0.5, dtype=torch.float16) for _ in range(_BUFFERS)]
-    vector = torch.ones(1, _COLUMNS, dtype=torch.float16)
-    floats = [m.view(torch.float32) for m in matrices]
-    targets = [torch.empty_like(f) for f in floats]
-    size = matrices[0].nbytes
-    gemv = median_seconds([lambda m=m: torch.nn.functional.linear(vector, m) for m in matrices], rounds)  # type: ignore[misc]
-    plain = median_seconds([lambda f=f: f.sum() for f in floats], rounds)  # type: ignore[misc]
-    copy = median_seconds([lambda t=t, f=f: t.copy_(f) for t, f in zip(targets, floats, strict=True)], rounds)  # type: ignore[misc]
-    return Bandwidth(size / gemv, size / plain, 2 * size / copy)
+    """Medians of readings in a row; takes 1 GiB of memory and a second or two."""
+    reader = BandwidthReader()
+    return field_medians([reader.read() for _ in range(rounds)])
+
+
+def field_medians(readings: Sequence[_Figures]) -> _Figures:
+    """One of them whose every field, a number, is the median of theirs."""
+    names = [field.name for field in dataclasses.fields(readings[0])]
+    medians = {name: statistics.median(getattr(reading, name) for reading in readings) for name in names}
+    return dataclasses.replace(readings[0], **medians)
 
 
 def median_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> float:

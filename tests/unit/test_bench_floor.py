@@ -19,7 +19,7 @@ from bench.decode import DecodeOptions, Round, parse_slots, summarise
 from bench.disk import MIB, ReadRates, best_reader, blob_files, measure_reads, measure_write
 from bench.export import shares_of_ceiling
 from bench.memory_limit import LimitOptions, check_enough, check_refused
-from profiles.bandwidth import median_seconds
+from profiles.bandwidth import Bandwidth, BandwidthReader, field_medians, measure_bandwidth, median_seconds
 from profiles.floor import Disk, PartCosts, active_bytes, median_floor, token_floor
 from profiles.raw_reads import RawReader, page_aligned
 from runtime.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
@@ -139,6 +139,21 @@ def test_rivals_take_turns() -> None:
     assert interleaved(rivals, 2) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
     assert order == ["a", "b", "a", "b"]
     assert median_seconds([], 3) == 0.0
+
+
+def test_bandwidth_is_the_median_of_readings_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = [Bandwidth(1.0, 9.0, 3.0), Bandwidth(5.0, 2.0, 4.0), Bandwidth(3.0, 6.0, 2.0)]
+    assert field_medians(readings) == Bandwidth(3.0, 6.0, 3.0)
+    asked = iter(readings)
+    monkeypatch.setattr("profiles.bandwidth._ROWS", 2)
+    monkeypatch.setattr("profiles.bandwidth.BandwidthReader.read", lambda _: next(asked))
+    assert measure_bandwidth(3).best == 6.0
+
+
+def test_a_bandwidth_reading_counts_what_it_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiles.bandwidth._ROWS", 2)
+    monkeypatch.setattr("profiles.bandwidth.median_seconds", lambda *_: 1.0)
+    assert BandwidthReader().read() == Bandwidth(16384, 16384, 32768)  # 2 x 4096 values of 2 bytes in one second
 
 
 def test_a_bound_shell_is_seen_on_stderr_and_in_the_result(capfd: pytest.CaptureFixture[str]) -> None:
