@@ -147,7 +147,7 @@ def measure_setting(bundle: Bundle, parts: Parts, options: DecodeOptions, slots:
         raw = held.enter_context(best_reader(blob_files(bundle.path), _READ_BYTES, THREADS[1:]))
         alone = alone_share(engine, raw)
         memory, seeds = BandwidthReader(), range(options.rounds)
-        rounds = [_round(engine, guessing, _Ceilings(raw, parts, memory), options.tokens, seed) for seed in seeds]
+        rounds = [_round(engine, guessing, _Ceilings(raw, memory, parts), options.tokens, seed) for seed in seeds]
         return summarise(slots, alone, rounds)
 
 
@@ -204,20 +204,20 @@ def _share(
 
 @dataclass
 class _Ceilings:
-    """What disk, processor and memory give, read again and again in turn with tokens."""
+    """What disk, memory and processor give, read again and again in turn with tokens."""
 
     raw: Callable[[int], float]
-    parts: Parts
     memory: BandwidthReader
+    parts: Parts
     rates: list[float] = field(default_factory=list)
-    costs: list[PartCosts] = field(default_factory=list)
     bandwidths: list[Bandwidth] = field(default_factory=list)
+    costs: list[PartCosts] = field(default_factory=list)
 
     def read(self) -> None:
         """Each of them."""
         self.rates += [self.raw(_READ_BYTES) for _ in range(_READINGS)]
-        self.costs.append(self.parts.measure())
         self.bandwidths.append(self.memory.read())
+        self.costs.append(self.parts.measure())
 
 
 def _round(engine: Engine, guessing: Engine | None, ceilings: _Ceilings, tokens: int, seed: int) -> Round:
